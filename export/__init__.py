@@ -1,0 +1,1 @@
+"""Torch side: turns a MAR checkpoint into a bundle, and proves that the bundle computes the same."""

@@ -1,0 +1,1 @@
+"""Deployment side: runs a bundle with NumPy and one engine library, without PyTorch."""

@@ -1,0 +1,160 @@
+"""The sampling loop: AR steps around engine calls. Reads like the paper; knows no engine and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .architecture import Architecture
+from .backends.base import Backend, ChainSegment, DiffusionChain, Floats, Integers
+from .diffusion import COEFFICIENTS, reverse_process
+from .errors import BackendError, UsageError
+from .noise import NoiseSource
+from .orders import generation_orders
+from .plan import ARStep, PlanSettings, SamplingPlan
+from .selection import SCORED_RULES, select
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an observer sees after each AR step.
+
+    Attributes:
+        step: the plan's entry.
+        predicted: int64 [B, P], positions made in this step.
+        refined: bool [B, P], those that got extra diffusion steps.
+        latents: float32 [B, L, C], a view: all tokens so far, zeros elsewhere.
+    """
+
+    step: ARStep
+    predicted: Integers
+    refined: NDArray[np.bool_]
+    latents: Floats
+
+
+class Observer(Protocol):
+    """Called after each AR step: progress bars, traces."""
+
+    def __call__(self, result: StepResult) -> None: ...
+
+
+def sample(
+    backend: Backend,
+    plan: SamplingPlan,
+    architecture: Architecture,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    noise: NoiseSource,
+    orders: Integers | None = None,
+    observer: Observer | None = None,
+) -> Floats:
+    """Generates one batch of latents.
+
+    Args:
+        backend: runs the graphs.
+        plan: what to do, resolved for ``architecture``.
+        architecture: the model.
+        labels: B class indices.
+        seeds: B image seeds, for token orders and the ``random`` selection rule.
+        noise: the noise of every token.
+        orders: int64 [B, L], positions in the order they are made; from the seeds by default.
+        observer: called after each AR step.
+
+    Returns:
+        float32 [B, L, C].
+
+    Raises:
+        UsageError: orders are not permutations.
+        BackendError: an engine produced a value that is not finite.
+    """
+    settings = plan.settings
+    batch, total = len(labels), architecture.tokens
+    if orders is None:
+        orders = generation_orders(settings.order, architecture.grid, len(settings.stage_steps), settings.parity, seeds)
+    if orders.shape != (batch, total) or not (np.sort(orders, axis=1) == np.arange(total)).all():
+        raise UsageError(f"orders must be [{batch}, {total}], each row a permutation of 0..{total - 1}")
+    branch_labels = np.array([labels, [architecture.null_label] * batch], dtype=np.int64)
+    latents = np.zeros((batch, total, architecture.token_channels), dtype=np.float32)
+
+    for step in plan.steps:
+        visible, predict, context = np.split(orders[:, : step.known + step.predicted + step.context], _cuts(step), axis=1)
+        known = np.take_along_axis(latents, visible[:, :, None], axis=1)
+        condition = backend.condition(known, visible, predict, context, branch_labels[: step.branches])
+
+        refined = np.zeros(predict.shape, dtype=bool)
+        if step.refined:
+            scored = settings.fts in SCORED_RULES and step.refined < step.predicted
+            score, norm = backend.detail(condition) if scored else (None, None)
+            refined = select(settings.fts, step.refined, predict, seeds, total, score, norm)
+
+        chain = diffusion_chain(step, settings, predict, refined, noise)
+        tokens = np.empty((batch * step.predicted, architecture.token_channels), dtype=np.float32)
+        tokens[chain.rows] = backend.denoise(condition, chain)
+        if not np.isfinite(tokens).all():
+            raise BackendError(
+                f"AR step {step.index + 1} of {len(plan.steps)} gave values that are not finite on backend "
+                f"{backend.name}; run gtr-export verify on the bundle, or use a bundle of higher precision"
+            )
+        np.put_along_axis(latents, predict[:, :, None], tokens.reshape(batch, step.predicted, -1), axis=1)
+        if observer is not None:
+            observer(StepResult(step, predict, refined, latents))
+    return latents
+
+
+def _cuts(step: ARStep) -> list[int]:
+    return [step.known, step.known + step.predicted]
+
+
+def diffusion_chain(
+    step: ARStep, settings: PlanSettings, predict: Integers, refined: NDArray[np.bool_], noise: NoiseSource
+) -> DiffusionChain:
+    """The reverse steps of one AR step: refined and plain tokens in one chain, aligned at their ends.
+
+    Args:
+        step: the plan's entry.
+        settings: respacing and temperature.
+        predict: int64 [B, P].
+        refined: bool [B, P].
+        noise: the noise of every token.
+    """
+    images = np.repeat(np.arange(len(predict)), predict.shape[1])
+    positions, extra = predict.ravel(), refined.ravel()
+    groups = [(np.flatnonzero(~extra), step.diffusion_steps), (np.flatnonzero(extra), step.refined_diffusion_steps)]
+    groups = sorted((group for group in groups if len(group[0])), key=lambda group: -group[1])
+    rows = np.concatenate([members for members, _ in groups])
+    draws = [noise.draw(images[members], positions[members], count) for members, count in groups]
+    processes = [reverse_process(count, settings.max_timestep, settings.temperature) for _, count in groups]
+
+    segments: list[ChainSegment] = []
+    for active in range(1, len(groups) + 1):
+        # From here until the next group joins (or the end), the first ``active`` groups run together.
+        start = groups[active - 1][1]
+        end = groups[active][1] if active < len(groups) else 0
+        if start == end:
+            continue
+        timesteps, coefficients, noises = [], [], []
+        for (members, count), process, draw in zip(groups[:active], processes[:active], draws[:active], strict=True):
+            window = slice(count - start, count - end)
+            n, length = len(members), start - end
+            timesteps.append(np.broadcast_to(process.timesteps[window, None], (length, n)))
+            table = process.coefficients[window, None]
+            coefficients.append(np.broadcast_to(table, (length, n, len(COEFFICIENTS))))
+            noises.append(draw[:, 1:][:, window].transpose(1, 0, 2))
+        segments.append(
+            ChainSegment(
+                rows=sum(len(members) for members, _ in groups[:active]),
+                timesteps=np.ascontiguousarray(np.concatenate(timesteps, axis=1)),
+                coefficients=np.ascontiguousarray(np.concatenate(coefficients, axis=1)),
+                noise=np.ascontiguousarray(np.concatenate(noises, axis=1)),
+            )
+        )
+    return DiffusionChain(
+        rows=rows,
+        x=np.concatenate([draw[:, 0] for draw in draws]),
+        guidance=np.full(len(rows), step.guidance, dtype=np.float32),
+        segments=tuple(segments),
+    )
