@@ -1,4 +1,4 @@
-"""The torch backend: same interface as runtime/backends, plain and slow, the reference that parity is measured against."""
+"""The torch backend: same interface as runtime/backends, plain and slow; parity is measured against it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..runtime.architecture import Architecture
 from ..runtime.backends.base import Condition, DiffusionChain, Floats, Integers
+from .checkpoints import HEAD_PREFIX
 from .models.backbone import Backbone
 from .models.decoders import build_decoder
 from .models.detail_score import DetailScore
@@ -19,7 +20,6 @@ from .models.diffusion_head import DiffusionHead, DiffusionStep
 from .models.layers import set_precision
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-HEAD_PREFIX = "diffloss.net."
 
 
 @dataclass

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from ..runtime.architecture import ARCHITECTURES, Architecture
+from ..runtime.architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
 
 MEBIBYTE = 2**20
 
@@ -37,14 +35,17 @@ class ModelEntry:
         checkpoint: published weights; None where they ship with the package.
         vae: published VAE; None where the model needs none.
         shipped: weights inside the package, or None.
-        plan_defaults: settings that plans on this model start from (``runtime.plan.preset``).
     """
 
     architecture: Architecture
     checkpoint: WeightSource | None = None
     vae: WeightSource | None = None
     shipped: Path | None = None
-    plan_defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def plan_defaults(self) -> dict[str, Any]:
+        """Settings that plans on this model start from (``runtime.plan.preset``)."""
+        return PLAN_DEFAULTS[self.architecture.name]
 
 
 _BASE = "https://www.dropbox.com/scl/fi/"
@@ -55,42 +56,35 @@ KL16 = WeightSource(
 )
 
 
-def _mar(name: str, path: str, folder: str, mebibytes: int, cfg: float) -> ModelEntry:
+def _mar(name: str, path: str, folder: str, mebibytes: int) -> ModelEntry:
     return ModelEntry(
         architecture=ARCHITECTURES[name],
         checkpoint=WeightSource(_BASE + path, f"pretrained_models/mar/{folder}/checkpoint-last.pth", mebibytes),
         vae=KL16,
-        plan_defaults=MappingProxyType({"cfg": cfg, "cfg_schedule": "linear", "max_timestep": 999}),
     )
 
 
-#: cfg: the values of the original README's evaluation commands, behind the published FIDs.
 MODELS: dict[str, ModelEntry] = {
     "mar-b": _mar(
         "mar-b",
         "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1",
         "mar_base",
         1587,
-        2.9,
     ),
     "mar-l": _mar(
         "mar-l",
         "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=1",
         "mar_large",
         3650,
-        3.0,
     ),
     "mar-h": _mar(
         "mar-h",
         "1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=1",
         "mar_huge",
         7191,
-        3.2,
     ),
-    # A small model needs DiSA's cap; see facts in docs/plans.md.
     "mar-digits": ModelEntry(
         architecture=ARCHITECTURES["mar-digits"],
         shipped=Path(__file__).parent / "data" / "mar_digits.safetensors",
-        plan_defaults=MappingProxyType({"cfg": 1.0, "cfg_schedule": "linear", "max_timestep": 950}),
     ),
 }

@@ -86,10 +86,14 @@ class Architecture:
                 valid = _positive(item)
             if not valid:
                 raise BundleError(f"model section: {name} = {item!r} is not valid")
+        if settings["label_names"] not in ("imagenet", "digits"):
+            raise BundleError(f"model section: label_names {settings['label_names']!r} is not imagenet or digits")
         if settings["decoder"] not in ("kl16", "patches"):
             raise BundleError(f"model section: decoder {settings['decoder']!r} is not kl16 or patches")
         if settings["width"] % settings["heads"]:
-            raise BundleError(f"model section: width {settings['width']} is not a multiple of {settings['heads']} heads")
+            raise BundleError(
+                f"model section: width {settings['width']} is not a multiple of {settings['heads']} heads"
+            )
         settings["grid"] = tuple(settings["grid"])
         return cls(**settings)
 
@@ -134,4 +138,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         decoder="patches",
         label_names="digits",
     ),
+}
+
+#: Settings that plans on a model start from. cfg of mar-b/l/h: the evaluation commands of the original README, behind
+#: the published FIDs. mar-digits: a small model needs DiSA's cap on the diffusion timesteps (docs/plans.md).
+PLAN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mar-b": {"cfg": 2.9, "cfg_schedule": "linear", "max_timestep": 999},
+    "mar-l": {"cfg": 3.0, "cfg_schedule": "linear", "max_timestep": 999},
+    "mar-h": {"cfg": 3.2, "cfg_schedule": "linear", "max_timestep": 999},
+    "mar-digits": {"cfg": 1.0, "cfg_schedule": "linear", "max_timestep": 950},
 }

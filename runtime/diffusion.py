@@ -1,7 +1,7 @@
 """Respaced DDPM tables for the diffusion head, in float64 NumPy.
 
 Source: the original MAR code's diffusion/respace.py and diffusion/gaussian_diffusion.py (improved-diffusion lineage).
-Does not know the network: a reverse step is ``COEFFICIENTS`` numbers per token, applied inside the diffusion step graph.
+Does not know the network: a reverse step is ``COEFFICIENTS`` numbers per token, applied in the diffusion step graph.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def kept_timesteps(count: int, max_timestep: int = TRAINING_STEPS - 1) -> list[i
     if not 1 <= count <= max_timestep + 1:
         raise PlanError(f"{count} diffusion steps cannot be kept out of timesteps 0..{max_timestep}")
     if count == 1:
-        # The original's stride for a single step keeps t=0 only, which denoises nothing; start from the noisiest. [ours]
+        # The original's stride for a single step keeps t=0 only, denoising nothing; start noisiest [ours].
         return [max_timestep]
     stride = max_timestep / (count - 1)
     kept: list[int] = []

@@ -9,7 +9,7 @@ FREQUENCIES = 256
 
 
 def backbone_flops(architecture: Architecture, known: int, predicted: int, context: int, branches: int) -> int:
-    """FLOPs of one backbone call per image: the encoder sees buffer + known tokens, the decoder all that stand in it."""
+    """FLOPs of one backbone call per image: the encoder sees buffer and known tokens, the decoder all of them."""
     width, channels = architecture.width, architecture.token_channels
     seen = architecture.buffer + known
     total = seen + predicted + context

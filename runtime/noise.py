@@ -50,7 +50,8 @@ class RecordedNoise:
 
     def __init__(self, initial: NDArray[np.float32], steps: NDArray[np.float32]) -> None:
         if initial.ndim != 3 or steps.ndim != 4 or steps.shape[:2] + steps.shape[3:] != initial.shape:
-            raise UsageError(f"recorded noise must be [B, L, C] and [B, L, T, C], got {initial.shape} and {steps.shape}")
+            shapes = f"{initial.shape} and {steps.shape}"
+            raise UsageError(f"recorded noise must be [B, L, C] and [B, L, T, C], got {shapes}")
         self._initial, self._steps = initial, steps
 
     def draw(self, images: NDArray[np.int64], positions: NDArray[np.int64], steps: int) -> NDArray[np.float32]:

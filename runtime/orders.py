@@ -39,7 +39,8 @@ def stage_sets(grid: tuple[int, int], stages: int, parity: str = "odd") -> list[
     sets.reverse()
     for index, positions in enumerate(sets):
         if len(positions) == 0:
-            raise PlanError(f"stage {index + 1} of {stages} has no token on a {grid[0]}x{grid[1]} grid; use fewer stages")
+            size = f"{grid[0]}x{grid[1]}"
+            raise PlanError(f"stage {index + 1} of {stages} has no token on a {size} grid; use fewer stages")
     return sets
 
 

@@ -77,11 +77,15 @@ class PlanSettings:
         unknown = set(value) - {field.name for field in fields(cls)}
         if unknown or not {"name", "stage_steps"} <= set(value):
             raise PlanError(f"plan settings have unknown or missing fields: {sorted(unknown) or 'name, stage_steps'}")
-        return cls(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+        settings: dict[str, Any] = {k: tuple(item) if isinstance(item, list) else item for k, item in value.items()}
+        return cls(**settings)
 
 
-_BASELINE = {"token_schedule": "cosine", "generation_diffusion": (100, 100), "fts": "none"}
-#: Tags: mar, mar-256 as published by MAR; gtr [paper]; gtr-compact, gtr-fast, halton's step counts [ours]; disa after DiSA.
+MODEL_DEFAULTS = ("cfg", "cfg_schedule", "max_timestep", "temperature")
+"""Settings for which a model can have defaults of its own."""
+
+_BASELINE: dict[str, Any] = {"token_schedule": "cosine", "generation_diffusion": (100, 100), "fts": "none"}
+#: mar, mar-256: as MAR published them; gtr [paper]; gtr-compact, gtr-fast, halton's step counts [ours]; disa: DiSA.
 PRESETS: dict[str, PlanSettings] = {
     settings.name: settings
     for settings in (
@@ -176,6 +180,8 @@ def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | 
     sets = stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)
     steps = tuple(min(wanted, len(members)) for wanted, members in zip(settings.stage_steps, sets, strict=True))
     values = dict(defaults or {})
+    if unknown := sorted(set(values) - set(MODEL_DEFAULTS)):
+        raise PlanError(f"a model cannot have defaults for {', '.join(unknown)}, only for {', '.join(MODEL_DEFAULTS)}")
     if "max_timestep" in values:
         values["max_timestep"] = min(values["max_timestep"], settings.max_timestep)
     return replace(settings, stage_steps=steps, **values)
@@ -241,7 +247,7 @@ def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
 
 
 def _generation_diffusion(settings: PlanSettings, step: int, total: int) -> int:
-    """T_s = last + floor((first - last) * (G-1-s) / (G-1)) over the G generation AR steps [paper; granularity: ours]."""
+    """T_s = last + floor((first - last) * (G-1-s) / (G-1)) over G generation steps [paper; granularity: ours]."""
     first, last = settings.generation_diffusion
     if total == 1:
         return first

@@ -81,7 +81,8 @@ def sample(
     latents = np.zeros((batch, total, architecture.token_channels), dtype=np.float32)
 
     for step in plan.steps:
-        visible, predict, context = np.split(orders[:, : step.known + step.predicted + step.context], _cuts(step), axis=1)
+        seen = orders[:, : step.known + step.predicted + step.context]
+        visible, predict, context = np.split(seen, [step.known, step.known + step.predicted], axis=1)
         known = np.take_along_axis(latents, visible[:, :, None], axis=1)
         condition = backend.condition(known, visible, predict, context, branch_labels[: step.branches])
 
@@ -103,10 +104,6 @@ def sample(
         if observer is not None:
             observer(StepResult(step, predict, refined, latents))
     return latents
-
-
-def _cuts(step: ARStep) -> list[int]:
-    return [step.known, step.known + step.predicted]
 
 
 def diffusion_chain(

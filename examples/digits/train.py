@@ -4,8 +4,8 @@
 
 The MAR objective (models/mar.py and models/diffloss.py of the original project): a masking ratio from a normal
 distribution with mean 1 and standard deviation 0.25, cut to [0.7, 1]; the diffusion loss (noise prediction plus learned
-variance) on masked tokens, about two timesteps per token; the class replaced by the null embedding in 10 % of the images; an
-exponential moving average of the weights, which is what is written.
+variance) on masked tokens, about two timesteps per token; the class replaced by the null embedding in 10 % of the
+images; an exponential moving average of the weights, which is what is written.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def train(out: Path, steps: int, batch_size: int, learning_rate: float, seed: in
     recipe = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, out, metadata={"model": architecture.name, "recipe": json.dumps(recipe)})
+    out.chmod(0o644)
     print(f"{steps} steps -> {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
 

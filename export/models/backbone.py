@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...runtime.architecture import Architecture
 from .layers import Block, LayerNorm, Linear
@@ -54,10 +55,10 @@ class Backbone(nn.Module):
 
         # Everything that does not depend on the branch is computed once per image, then repeated.
         positions = self.encoder_pos_embed_learned[0]
-        embedding = torch.cat([self.class_emb.weight, self.fake_latent])[labels]
+        embedding = F.embedding(labels, torch.cat([self.class_emb.weight, self.fake_latent]))
         buffer = embedding.unsqueeze(2) + positions[: self.buffer]
         buffer = self.z_proj_ln(buffer).reshape(branches * batch, self.buffer, width)
-        image = self.z_proj_ln(self.z_proj(tokens).float() + positions[visible + self.buffer])
+        image = self.z_proj_ln(self.z_proj(tokens).float() + F.embedding(visible + self.buffer, positions))
         image = image.unsqueeze(0).expand(branches, batch, known, width).reshape(branches * batch, known, width)
         x = torch.cat([buffer, image], dim=1)
         for block in self.encoder_blocks:
@@ -66,11 +67,12 @@ class Backbone(nn.Module):
 
         positions = self.decoder_pos_embed_learned[0]
         unknown = torch.cat([predict, context], dim=1)
-        masked = self.mask_token + positions[unknown + self.buffer]
+        masked = self.mask_token + F.embedding(unknown + self.buffer, positions)
         length = unknown.shape[1]
         masked = masked.unsqueeze(0).expand(branches, batch, length, width).reshape(branches * batch, length, width)
         known_positions = torch.cat(
-            [positions[: self.buffer].expand(batch, self.buffer, width), positions[visible + self.buffer]], dim=1
+            [positions[: self.buffer].expand(batch, self.buffer, width), F.embedding(visible + self.buffer, positions)],
+            dim=1,
         )
         seen = self.buffer + known
         known_positions = known_positions.unsqueeze(0).expand(branches, batch, seen, width)
@@ -78,4 +80,4 @@ class Backbone(nn.Module):
         for block in self.decoder_blocks:
             x = block(x)
         z = self.decoder_norm(x[:, :predicted]).reshape(branches, batch, predicted, width)
-        return z + self.diffusion_pos_embed_learned[0][predict]
+        return z + F.embedding(predict, self.diffusion_pos_embed_learned[0])

@@ -1,0 +1,50 @@
+# The README's two commands: `make demo` and `make test`. Each works alone on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := demo-output
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint unit model clean
+
+demo: $(VENV)/.demo
+	$(BIN)/gtr-export build --model mar-digits --out $(OUT)/mar-digits
+	$(BIN)/gtr-run generate $(OUT)/mar-digits --classes 0-9 --images-per-class 8 --batch-size 20 --plan gtr \
+		--out $(OUT)/images --grid $(OUT)/grid.png
+	$(BIN)/gtr-run generate $(OUT)/mar-digits --classes 3,7,5,2 --plan gtr --out $(OUT)/images --trace $(OUT)/trace.gif
+	@echo
+	@echo "look at  $(OUT)/grid.png and $(OUT)/trace.gif"
+	@echo "for ImageNet pictures (7.4 GB to download), type"
+	@echo "  $(BIN)/gtr-export build --model mar-h"
+	@echo "  $(BIN)/gtr-run generate bundles/mar-h-fp32 --classes 'golden retriever' --out pictures"
+
+test: lint unit
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+# One thread per engine call: two test processes share the cores, and OpenMP threads that spin would fight over them.
+unit: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=
+	$(BIN)/python -m coverage report --include 'runtime/*' --fail-under 95
+	$(BIN)/python -m coverage report --include 'export/*' --fail-under 90
+
+# Trains the shipped model anew (about 40 minutes on two cores).
+model: $(VENV)/.test
+	$(BIN)/python examples/digits/train.py --out export/data/mar_digits.safetensors
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[cpu,export]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[cpu,export,examples,test]'
+	touch $@ $(VENV)/.demo

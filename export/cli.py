@@ -1,0 +1,219 @@
+"""gtr-export: turns a checkpoint into a bundle and proves it. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from ..runtime.console import CommandGroup, Reporter, print_json, print_table
+from ..runtime.errors import BundleError
+from ..runtime.graphs import PRECISIONS
+
+_PATH = click.Path(path_type=Path)
+_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+_checkpoint_option = click.option("--checkpoint", type=_PATH, help="MAR weights: .pth or .safetensors.")
+_vae_option = click.option("--vae", type=_PATH, help="KL-16 VAE weights: .ckpt, .pth or .safetensors.")
+_MODELS = ("mar-b", "mar-l", "mar-h", "mar-digits")
+
+
+@click.group(cls=CommandGroup, name="gtr-export", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gtr-deploy")
+def main() -> None:
+    """Export MAR checkpoints to bundles for gtr-run."""
+
+
+@main.command()
+@click.option("--model", type=click.Choice(_MODELS), required=True)
+@_checkpoint_option
+@_vae_option
+@click.option("--random-weights", is_flag=True, help="Untrained weights: everything but the pictures is real.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
+@click.option("--max-batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Largest batch promised.")
+@click.option("--out", type=_PATH, help="Bundle folder (default: bundles/MODEL-PRECISION).")
+@click.option("--force", is_flag=True, help="Rebuild everything, and replace a bundle of another model or precision.")
+@_json_option
+def build(
+    model: str,
+    checkpoint: Path | None,
+    vae: Path | None,
+    random_weights: bool,
+    precision: str,
+    max_batch: int,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Build a bundle of ONNX graphs from a checkpoint.
+
+    Without --checkpoint the weights are looked for in the cache folder and in the original project's folders, then
+    downloaded.
+    """
+    from ..runtime.benchmark import peak_memory
+    from .build import BuildRequest, default_out
+    from .build import build as run_build
+
+    request = BuildRequest(
+        model=model,
+        out=out or default_out(model, precision, random_weights),
+        checkpoint=checkpoint,
+        vae=vae,
+        random_weights=random_weights,
+        precision=precision,
+        max_batch=max_batch,
+        force=force,
+    )
+    start = time.monotonic()
+    result = run_build(request, Reporter(quiet=as_json))
+    seconds = time.monotonic() - start
+    following = f"gtr-export verify {result.bundle}"
+    if as_json:
+        print_json(
+            {
+                "bundle": str(result.bundle),
+                "model": model,
+                "precision": precision,
+                "stages": result.stages,
+                "bytes": result.bytes,
+                "seconds": seconds,
+                "peak_memory": peak_memory(),
+                "next": following,
+            }
+        )
+        return
+    size, peak = result.bytes / 1e6, peak_memory() / 2**30
+    if result.unchanged:
+        click.echo(f"{result.bundle} is up to date ({size:.1f} MB, {seconds:.1f} s); next: {following}")
+    else:
+        click.echo(f"{result.bundle}: {size:.1f} MB in {seconds:.0f} s, peak memory {peak:.1f} GiB; next: {following}")
+
+
+@main.command()
+@click.argument("bundle", type=_PATH)
+@_checkpoint_option
+@_vae_option
+@click.option(
+    "--plans", help="Presets to compare whole generations for, separated by commas (default: all affordable)."
+)
+@click.option("--images", type=click.IntRange(1, 64), default=2, show_default=True, help="Images per preset.")
+@_json_option
+@click.pass_context
+def verify(
+    context: click.Context,
+    bundle: Path,
+    checkpoint: Path | None,
+    vae: Path | None,
+    plans: str | None,
+    images: int,
+    as_json: bool,
+) -> None:
+    """Check a bundle rung by rung: loads, finite, graphs equal to PyTorch, images equal to PyTorch."""
+    from .verify import verify as run_verify
+
+    names = [name.strip() for name in plans.split(",")] if plans is not None else None
+    report = run_verify(bundle, Reporter(quiet=as_json), checkpoint, vae, names, images)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        rows = [
+            [
+                check.rung,
+                check.subject,
+                check.status.upper() if check.status == "failed" else check.status,
+                "" if check.value is None else f"{check.value:.1e}",
+                "" if check.tolerance is None else f"{check.tolerance:.0e}",
+                check.note,
+            ]
+            for check in report.checks
+        ]
+        title = f"{report.model}, {report.precision}, evaluated with {report.evaluated_with}"
+        print_table(["rung", "what", "status", "error", "limit", ""], rows, title=title)
+        click.echo(f"rung reached: {report.reached}; written to {bundle / 'reports' / 'parity.json'}")
+    if report.failed:
+        context.exit(1)
+
+
+@main.command()
+@click.argument("bundle", type=_PATH)
+@_json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle holds, from its manifest alone."""
+    from ..runtime.bundle import Bundle
+
+    opened = Bundle.load(bundle)
+    if as_json:
+        print_json(opened.manifest)
+        return
+    source = opened.manifest["source"]
+    if source.get("random_weights") is not None:
+        weights = f"random (seed {source['random_weights']})"
+    else:
+        weights = f"{source['checkpoint']['path']} (sha256 {source['checkpoint']['sha256'][:12]}…)"
+    architecture = opened.architecture
+    precision = opened.manifest["precision"]
+    for label, text in (
+        ("model", f"{architecture.name}, {architecture.tokens} tokens, width {architecture.width}"),
+        ("precision", f"{opened.precision}; float32: {', '.join(precision['float32'])}"),
+        ("weights", weights),
+        ("plans", ", ".join(f"{key} {value}" for key, value in opened.plan_defaults.items())),
+        ("batch", f"up to {opened.max_batch}"),
+        ("tools", ", ".join(f"{key} {value}" for key, value in opened.manifest["tools"].items())),
+        ("evidence", _evidence(opened)),
+    ):
+        click.echo(f"{label:10} {text}")
+    rows = []
+    for kind, files in opened.graphs.items():
+        entry = opened.manifest["graphs"][kind]
+        signature = " -> ".join(
+            ", ".join(f"{t['name']}[{','.join(str(axis) for axis in t['axes'])}]" for t in entry[side])
+            for side in ("inputs", "outputs")
+        )
+        rows.append([kind, str(files.opset), f"{files.bytes / 2**20:.1f}", signature])
+    print_table(["graph", "opset", "MiB", "inputs -> outputs"], rows)
+
+
+def _evidence(opened) -> str:
+    try:
+        report = opened.read_report("parity")
+    except BundleError as error:
+        return str(error)
+    if report is None:
+        return f"none yet; gtr-export verify {opened.folder}"
+    return f"rung reached: {report['rung_reached']}" + (" (with failures)" if report["failed"] else "")
+
+
+@main.command()
+@_json_option
+def models(as_json: bool) -> None:
+    """List the models that are known by name, and where their weights are."""
+    from .doctor import model_rows
+
+    rows = model_rows()
+    if as_json:
+        print_json(rows)
+        return
+    table = [[f"{v:,}" if k == "parameters" else str(v) for k, v in row.items()] for row in rows]
+    print_table(list(rows[0]), table)
+
+
+@main.command()
+@_json_option
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Say what this machine has for exporting, what is missing, and how to get it."""
+    from dataclasses import asdict
+
+    from .doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        print_table(["", "", ""], [[f.subject, f.status, f.detail] for f in findings])
+    if any(finding.status == "missing" for finding in findings):
+        context.exit(1)
+
+
+if __name__ == "__main__":
+    main()

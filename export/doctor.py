@@ -1,0 +1,113 @@
+"""gtr-export doctor and models: what this machine has, what is missing, and the line that mends it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .download import cache_dir
+from .zoo import MODELS, ModelEntry, WeightSource
+
+#: package, what it is for, how to get it
+_PACKAGES = (
+    ("torch", "export and the reference", "pip install 'gtr-deploy[export]'"),
+    ("onnx", "checking graphs", "pip install 'gtr-deploy[export]'"),
+    ("onnxscript", "PyTorch's ONNX exporter", "pip install 'gtr-deploy[export]'"),
+    ("safetensors", "reading .safetensors", "pip install 'gtr-deploy[export]'"),
+    ("onnxruntime", "running bundles on the CPU, gtr-export verify", "pip install 'gtr-deploy[cpu]'"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table: ``status`` is ``ok``, ``missing`` or ``info``."""
+
+    subject: str
+    status: str
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Looks at this machine; imports none of the heavy packages."""
+    findings = [Finding("python", "info", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    for name, purpose, remedy in _PACKAGES:
+        found = _version(name)
+        if name == "onnxruntime" and found is None:
+            found = _version("onnxruntime-gpu")
+        if found is None:
+            findings.append(Finding(name, "missing", f"needed for {purpose}; {remedy}"))
+        else:
+            findings.append(Finding(name, "ok", f"{found} ({purpose})"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    findings.append(Finding("machine", "info", f"{os.cpu_count()} CPUs, {memory:.0f} GiB memory"))
+    folder = cache_dir()
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    findings.append(Finding("cache", "info", f"{folder}, {free:.0f} GiB free ($GTR_DEPLOY_CACHE moves it)"))
+    for name, entry in MODELS.items():
+        places = [describe_source(source, cached) for source, cached in _sources(name, entry)]
+        findings.append(Finding(name, "info", "; ".join(places) if places else "weights ship with the package"))
+    return findings
+
+
+def _sources(name: str, entry: ModelEntry) -> list[tuple[WeightSource, str]]:
+    return [
+        (source, cached)
+        for source, cached in ((entry.checkpoint, f"{name}/checkpoint-last.pth"), (entry.vae, "vae/kl16.ckpt"))
+        if source is not None
+    ]
+
+
+def describe_source(source: WeightSource, cached_name: str) -> str:
+    """Where a published file lies on this machine, or that it would be downloaded."""
+    for path in (cache_dir() / cached_name, Path(source.default_path)):
+        if path.is_file():
+            return f"{path}"
+    return f"{cached_name} not here ({source.mebibytes} MiB to download)"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """One row per model of the zoo, for ``gtr-export models``."""
+    rows = []
+    for name, entry in MODELS.items():
+        a = entry.architecture
+        rows.append(
+            {
+                "model": name,
+                "parameters": parameter_count(name),
+                "tokens": a.tokens,
+                "width": a.width,
+                "depth": f"{a.depth}+{a.depth}",
+                "head": f"{a.head_depth}x{a.head_width}",
+                "image": f"{a.image_size[1]}x{a.image_size[0]}",
+                "classes": a.classes,
+                "cfg": entry.plan_defaults["cfg"],
+                "weights": "; ".join(describe_source(*pair) for pair in _sources(name, entry)) or "in the package",
+            }
+        )
+    return rows
+
+
+def parameter_count(name: str) -> int:
+    """Parameters of backbone and head, counted from the architecture alone."""
+    a = MODELS[name].architecture
+    d, w, c = a.width, a.head_width, a.token_channels
+    block = 12 * d * d + 13 * d
+    embeddings = (a.classes + 2) * d + 2 * (a.buffer + a.tokens) * d + a.tokens * d
+    projections = (c * d + d) + 2 * d + 2 * d + (d * d + d) + 2 * d
+    head_block = 2 * w + 2 * (w * w + w) + 3 * (w * w + w)
+    head = (256 * w + w) + (w * w + w) + (d * w + w) + (c * w + w) + a.head_depth * head_block
+    head += 2 * (w * w + w) + (w * 2 * c + 2 * c)
+    return 2 * a.depth * block + embeddings + projections + head

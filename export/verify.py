@@ -1,0 +1,319 @@
+"""gtr-export verify: how far the evidence for a bundle reaches, rung by rung.
+
+    1 loads    every file is what the manifest says, and ONNX Runtime accepts every graph
+    2 finite   every graph gives finite outputs at its smallest, usual and largest shapes
+    3 graphs   every graph computes what the torch modules compute, at the same shapes
+    4 images   whole generations agree with the torch backend, image by image, for every preset
+
+Rungs 1 and 2 need the bundle alone; 3 and 4 also the weights that it was built from. No rung says anything about
+picture quality or speed. Tolerances are declared with the graphs (runtime/graphs.py).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.architecture import Architecture
+from ..runtime.backends.base import Backend
+from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ..runtime.bundle import Bundle
+from ..runtime.console import Reporter
+from ..runtime.diffusion import reverse_process
+from ..runtime.errors import BackendError, BundleError, GtrError
+from ..runtime.graphs import IMAGE_TOLERANCES, GraphSpec, graph_specs
+from ..runtime.noise import SeededNoise
+from ..runtime.plan import PRESETS, preset, resolve
+from ..runtime.sampler import sample
+from .sources import Weights, weights_of_bundle
+
+RUNGS = ("loads", "finite", "graphs", "images")
+SIZES = ("smallest", "usual", "largest")
+CPU_BUDGET = 20e12
+"""FLOPs per preset and backend up to which whole generations are compared without being asked for by name."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table.
+
+    Attributes:
+        rung: one of ``RUNGS``.
+        subject: graph, shape or plan.
+        status: ``ok``, ``failed`` or ``skipped``.
+        value: relative error, where there is one.
+        tolerance: its limit.
+        note: what else is to be said.
+    """
+
+    rung: str
+    subject: str
+    status: str
+    value: float | None = None
+    tolerance: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """All checks of one bundle."""
+
+    model: str
+    precision: str
+    evaluated_with: str
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        """Some check failed."""
+        return any(check.status == "failed" for check in self.checks)
+
+    @property
+    def reached(self) -> str:
+        """The highest rung without a failure or a gap below it; ``none`` if the bundle does not load."""
+        highest = "none"
+        for rung in RUNGS:
+            states = [check.status for check in self.checks if check.rung == rung]
+            if "ok" not in states or "failed" in states:
+                break
+            highest = rung
+            if "skipped" in states:
+                break
+        return highest
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json`` and reports/parity.json."""
+        return {
+            "model": self.model,
+            "precision": self.precision,
+            "evaluated_with": self.evaluated_with,
+            "rung_reached": self.reached,
+            "failed": self.failed,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def verify(
+    folder: Path,
+    reporter: Reporter,
+    checkpoint: Path | None = None,
+    vae: Path | None = None,
+    plans: Sequence[str] | None = None,
+    images: int = 2,
+) -> Report:
+    """Climbs the rungs and writes ``reports/parity.json`` into the bundle.
+
+    Args:
+        folder: the bundle.
+        checkpoint, vae: the files it was built from, where they have moved.
+        plans: presets to compare whole generations for; by default all that are within ``CPU_BUDGET``.
+        images: images per preset.
+
+    Raises:
+        BundleError: the folder is no bundle (anything past that is a failed check).
+        GtrError: a named weight file is not the bundle's.
+    """
+    bundle = Bundle.load(folder)
+    for name in plans or ():
+        preset(name, bundle.architecture, bundle.plan_defaults)
+    weights, why_not = weights_of_bundle(bundle, checkpoint, vae, reporter)
+    emulated = bundle.precision == "bf16"
+    report = Report(
+        bundle.architecture.name,
+        bundle.precision,
+        "onnxruntime cpu" + (", bfloat16 products through float32 casts" if emulated else ""),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        backend = _loads(bundle, report, reporter, Path(scratch))
+        if backend is not None:
+            specs = graph_specs(bundle.architecture, bundle.max_batch)
+            _finite(backend, specs, bundle.architecture, report, reporter)
+            if weights is None:
+                report.checks += [Check(rung, "all", "skipped", note=why_not) for rung in ("graphs", "images")]
+            else:
+                _graphs(backend, specs, bundle, weights, report, reporter)
+                _images(backend, bundle, weights, report, reporter, plans, images)
+    bundle.write_report("parity", report.to_json())
+    return report
+
+
+def relative_error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """Norm of the difference over the norm, in float64; infinite for a difference from zero or a value not finite."""
+    difference = np.linalg.norm(found.astype(np.float64).ravel() - wanted.astype(np.float64).ravel())
+    norm = np.linalg.norm(wanted.astype(np.float64).ravel())
+    if not np.isfinite(difference) or not np.isfinite(norm):
+        return float("inf")
+    if norm == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return float(difference / norm)
+
+
+def graph_inputs(
+    spec: GraphSpec, architecture: Architecture, sizes: Mapping[str, int], seed: int = 0
+) -> dict[str, Any]:
+    """Inputs as a generation would give them: positions that partition the grid, coefficients of a real respacing."""
+    rng = np.random.default_rng(seed)
+    order = np.stack([rng.permutation(architecture.tokens) for _ in range(sizes.get("B", 1))])
+    known, predicted = sizes.get("V", 0), sizes.get("P", 0)
+    process = reverse_process(25, 950)
+    steps = rng.integers(0, process.steps, sizes.get("N", 1))
+    special = {
+        "visible": order[:, :known],
+        "predict": order[:, known : known + predicted],
+        "context": order[:, known + predicted : known + predicted + sizes.get("R", 0)],
+        "labels": rng.integers(0, architecture.classes + 1, (sizes.get("G", 1), sizes.get("B", 1))),
+        "timestep": process.timesteps[steps],
+        "coefficients": process.coefficients[steps],
+        "guidance": rng.uniform(1.0, 3.0, sizes.get("N", 1)).astype(np.float32),
+    }
+    return {
+        t.name: np.ascontiguousarray(special[t.name])
+        if t.name in special
+        else rng.standard_normal(t.shape(sizes)).astype(np.float32)
+        for t in spec.inputs
+    }
+
+
+def _loads(bundle: Bundle, report: Report, reporter: Reporter, scratch: Path) -> OnnxRuntimeBackend | None:
+    try:
+        with reporter.stage("checksums and loading"):
+            paths = bundle.graph_paths()
+            if bundle.precision == "bf16":
+                from .bfloat16 import widen
+
+                paths = {kind: widen(path, scratch / path.name) for kind, path in paths.items()}
+            backend = OnnxRuntimeBackend(paths)
+    except (BundleError, BackendError) as error:
+        report.checks.append(Check("loads", "all graphs", "failed", note=str(error)))
+        return None
+    report.checks += [
+        Check("loads", kind, "ok", note=f"opset {files.opset}, {files.bytes / 2**20:.1f} MiB")
+        for kind, files in bundle.graphs.items()
+    ]
+    return backend
+
+
+def _shapes(spec: GraphSpec) -> list[tuple[str, Mapping[str, int]]]:
+    return [(name, getattr(spec, name)) for name in SIZES]
+
+
+def _finite(
+    backend: OnnxRuntimeBackend,
+    specs: Mapping[str, GraphSpec],
+    architecture: Architecture,
+    report: Report,
+    reporter: Reporter,
+) -> None:
+    for kind, spec in specs.items():
+        with reporter.stage(f"finite: {kind}"):
+            for name, sizes in _shapes(spec):
+                report.checks.append(_finite_at(backend, spec, architecture, name, sizes))
+
+
+def _finite_at(
+    backend: OnnxRuntimeBackend, spec: GraphSpec, architecture: Architecture, name: str, sizes: Mapping[str, int]
+) -> Check:
+    subject = f"{spec.kind}, {name}"
+    shape = " ".join(f"{letter}={sizes[letter]}" for letter in spec.symbols)
+    try:
+        outputs = backend.run(spec.kind, graph_inputs(spec, architecture, sizes))
+    except BackendError as error:
+        return Check("finite", subject, "failed", note=f"{shape}: {error}")
+    for tensor, output in zip(spec.outputs, outputs, strict=True):
+        if output.shape != tensor.shape(sizes):
+            note = f"{shape}: {tensor.name} is {output.shape}, expected {tensor.shape(sizes)}"
+            return Check("finite", subject, "failed", note=note)
+        if not np.isfinite(output).all():
+            bad = output.size - int(np.isfinite(output).sum())
+            return Check("finite", subject, "failed", note=f"{shape}: {bad} values of {tensor.name} are not finite")
+    return Check("finite", subject, "ok", note=shape)
+
+
+def _graphs(
+    backend: OnnxRuntimeBackend,
+    specs: Mapping[str, GraphSpec],
+    bundle: Bundle,
+    weights: Weights,
+    report: Report,
+    reporter: Reporter,
+) -> None:
+    precisions = list(dict.fromkeys([bundle.precision, "fp32"]))
+    for kind, spec in specs.items():
+        with reporter.stage(f"parity: {kind}"):
+            for precision in precisions:
+                module = _reference(kind, weights, precision)
+                limits = spec.tolerances if precision == bundle.precision else spec.against_fp32
+                for name, sizes in _shapes(spec):
+                    inputs = graph_inputs(spec, bundle.architecture, sizes, seed=1)
+                    error = _largest_error(backend.run(kind, inputs), module(inputs))
+                    limit = limits[bundle.precision]
+                    status = "ok" if error <= limit else "failed"
+                    subject = f"{kind}, {name}, torch {precision}"
+                    report.checks.append(Check("graphs", subject, status, error, limit))
+
+
+def _reference(kind: str, weights: Weights, precision: str) -> Callable[[Mapping[str, Any]], list[NDArray[Any]]]:
+    import torch
+
+    from .reference import build_graph_module
+
+    checkpoint = weights.checkpoint() if kind in ("backbone", "diffusion_step") else {}
+    module = build_graph_module(
+        kind, weights.architecture, checkpoint, weights.vae() if kind == "decoder" else {}, precision
+    )
+
+    @torch.inference_mode()
+    def call(inputs: Mapping[str, Any]) -> list[NDArray[Any]]:
+        outputs = module(*(torch.from_numpy(value) for value in inputs.values()))
+        return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+    return call
+
+
+def _largest_error(found: Sequence[NDArray[Any]], wanted: Sequence[NDArray[Any]]) -> float:
+    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def _images(
+    backend: Backend,
+    bundle: Bundle,
+    weights: Weights,
+    report: Report,
+    reporter: Reporter,
+    plans: Sequence[str] | None,
+    images: int,
+) -> None:
+    from .reference import TorchBackend, build_networks
+
+    architecture = bundle.architecture
+    limit = IMAGE_TOLERANCES[bundle.precision]
+    labels = [index % architecture.classes for index in range(images)]
+    seeds = list(range(images))
+    reference: TorchBackend | None = None
+    for name in plans or PRESETS:
+        plan = resolve(preset(name, architecture, bundle.plan_defaults), architecture)
+        if plans is None and plan.flops * images > CPU_BUDGET:
+            note = f"{plan.flops * images / 1e12:.0f} TFLOP on the CPU, twice; --plans {name} runs it"
+            report.checks.append(Check("images", f"plan {name}", "skipped", note=note))
+            continue
+        if reference is None:
+            parts = build_networks(architecture, weights.checkpoint(), weights.vae(), bundle.precision)
+            reference = TorchBackend(parts)
+        with reporter.stage(f"parity: {images} images, plan {name}"):
+            try:
+                pair = [
+                    sample(one, plan, architecture, labels, seeds, SeededNoise(seeds, architecture.token_channels))
+                    for one in (backend, reference)
+                ]
+            except GtrError as error:
+                report.checks.append(Check("images", f"plan {name}", "failed", note=str(error)))
+                continue
+        errors = [relative_error(*both) for both in zip(*pair, strict=True)]
+        status = "ok" if max(errors) <= limit else "failed"
+        report.checks.append(Check("images", f"plan {name}", status, max(errors), limit, f"{images} images, worst"))

@@ -1,0 +1,196 @@
+"""The bundle: a folder that passes from the machine with the checkpoint to the machine that serves.
+
+Strict reading, fail closed: unknown schema, missing or unknown fields, a path outside the folder, a file of another
+size or checksum, or graphs with another contract than this version's are refused with one line. Opens no graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .architecture import Architecture
+from .errors import BundleError
+from .files import inside, read_json, sha256, write_json
+from .graphs import PRECISIONS, graph_specs
+
+FORMAT = "gtr-deploy bundle"
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+_FIELDS = {
+    "format": str,
+    "schema": int,
+    "model": dict,
+    "precision": dict,
+    "graphs": dict,
+    "engines": list,
+    "plan_defaults": dict,
+    "max_batch": int,
+    "source": dict,
+    "tools": dict,
+    "reports": dict,
+}
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of the bundle: path relative to it, size in bytes, SHA-256."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: Path, file: str) -> StoredFile:
+        """Describes a file that exists."""
+        path = folder / file
+        return cls(file, path.stat().st_size, sha256(path))
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> StoredFile:
+        """Strict reading; ``where`` names the place in the manifest."""
+        if not isinstance(value, dict) or set(value) != {"file", "bytes", "sha256"}:
+            raise BundleError(f"{where} must have exactly file, bytes and sha256")
+        file, size, digest = value["file"], value["bytes"], value["sha256"]
+        if not isinstance(file, str) or isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise BundleError(f"{where}: file or bytes is not valid")
+        if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise BundleError(f"{where}: sha256 {digest!r} is not 64 hexadecimal digits")
+        return cls(file, size, digest)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"file": self.file, "bytes": self.bytes, "sha256": self.sha256}
+
+    def check(self, folder: Path, checksums: bool = True) -> Path:
+        """The absolute path of the file, once it is what the manifest says.
+
+        Raises:
+            BundleError: missing, outside the bundle, of another size or checksum.
+        """
+        path = inside(folder, self.file)
+        if not path.is_file():
+            raise BundleError(f"{path} is missing from the bundle; copy the bundle again or run gtr-export build")
+        size = path.stat().st_size
+        if size != self.bytes:
+            raise BundleError(f"{path} has {size} bytes, the manifest says {self.bytes}; copy the bundle again")
+        if checksums and (found := sha256(path)) != self.sha256:
+            raise BundleError(
+                f"{path} has sha256 {found[:12]}…, the manifest says {self.sha256[:12]}…; copy the bundle again"
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class GraphFiles:
+    """One graph: the model file and, where the weights are large, its one data file."""
+
+    opset: int
+    model: StoredFile
+    data: StoredFile | None
+
+    @property
+    def bytes(self) -> int:
+        """Size of both files."""
+        return self.model.bytes + (self.data.bytes if self.data else 0)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose manifest has been read and found sound. Files are checked by :meth:`graph_paths`."""
+
+    folder: Path
+    architecture: Architecture
+    precision: str
+    graphs: Mapping[str, GraphFiles]
+    plan_defaults: Mapping[str, Any]
+    max_batch: int
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Bundle:
+        """Reads the manifest, strictly.
+
+        Raises:
+            BundleError: it is not a bundle that this version understands; the line says what differs.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            if not folder.is_dir():
+                raise BundleError(f"{folder} is not a folder; gtr-export build makes a bundle")
+            raise BundleError(f"{folder} has no {MANIFEST}: not a bundle, or a build that did not finish")
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise BundleError(f"{path} is not the manifest of a {FORMAT}")
+        if manifest.get("schema") != SCHEMA:
+            raise BundleError(
+                f"{path} has schema {manifest.get('schema')!r}, this version reads schema {SCHEMA}; "
+                "rebuild the bundle with gtr-export build, or install the matching gtr-deploy"
+            )
+        if set(manifest) != set(_FIELDS):
+            differing = sorted(set(manifest) ^ set(_FIELDS))
+            raise BundleError(f"{path}: missing or unknown fields: {', '.join(differing)}")
+        for name, kind in _FIELDS.items():
+            if not isinstance(manifest[name], kind) or isinstance(manifest[name], bool):
+                raise BundleError(f"{path}: {name} is not a {kind.__name__}")
+        architecture = Architecture.from_json(manifest["model"])
+        precision = manifest["precision"].get("name")
+        if precision not in PRECISIONS:
+            raise BundleError(f"{path}: precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+        if manifest["max_batch"] < 1:
+            raise BundleError(f"{path}: max_batch {manifest['max_batch']} is not at least 1")
+        graphs = _graphs(path, manifest["graphs"], architecture)
+        return cls(folder, architecture, precision, graphs, manifest["plan_defaults"], manifest["max_batch"], manifest)
+
+    def graph_paths(self, checksums: bool = True) -> dict[str, Path]:
+        """Graph kind to checked ONNX file.
+
+        Raises:
+            BundleError: see :meth:`StoredFile.check`.
+        """
+        paths: dict[str, Path] = {}
+        for kind, files in self.graphs.items():
+            paths[kind] = files.model.check(self.folder, checksums)
+            if files.data is not None:
+                files.data.check(self.folder, checksums)
+        return paths
+
+    def write_report(self, name: str, value: Mapping[str, Any]) -> Path:
+        """Writes ``reports/<name>.json`` and lists it in the manifest, both atomically."""
+        relative = f"reports/{name}.json"
+        write_json(self.folder / relative, value)
+        reports = {**self.manifest["reports"], name: StoredFile.of(self.folder, relative).to_json()}
+        write_json(self.folder / MANIFEST, {**self.manifest, "reports": reports})
+        return self.folder / relative
+
+    def read_report(self, name: str) -> Any:
+        """A report that the manifest lists, or None.
+
+        Raises:
+            BundleError: it is listed but missing or changed.
+        """
+        entry = self.manifest["reports"].get(name)
+        if entry is None:
+            return None
+        return read_json(StoredFile.from_json(entry, f"reports.{name}").check(self.folder))
+
+
+def _graphs(path: Path, section: Mapping[str, Any], architecture: Architecture) -> dict[str, GraphFiles]:
+    specs = graph_specs(architecture)
+    if set(section) != set(specs):
+        raise BundleError(f"{path}: graphs are {sorted(section)}, expected {sorted(specs)}")
+    graphs: dict[str, GraphFiles] = {}
+    for kind, spec in specs.items():
+        entry, where = section[kind], f"{path}: graphs.{kind}"
+        if not isinstance(entry, dict) or set(entry) != {"opset", "model", "data", "inputs", "outputs"}:
+            raise BundleError(f"{where} must have exactly opset, model, data, inputs and outputs")
+        if {key: entry[key] for key in ("inputs", "outputs")} != spec.to_json():
+            raise BundleError(f"{where} has other inputs or outputs than this version's; rebuild with gtr-export build")
+        if isinstance(entry["opset"], bool) or not isinstance(entry["opset"], int):
+            raise BundleError(f"{where}: opset {entry['opset']!r} is not a whole number")
+        data = None if entry["data"] is None else StoredFile.from_json(entry["data"], f"{where}.data")
+        graphs[kind] = GraphFiles(entry["opset"], StoredFile.from_json(entry["model"], f"{where}.model"), data)
+    return graphs

@@ -1,0 +1,154 @@
+"""The front door of the runtime: load a bundle, ask for pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .architecture import Architecture
+from .backends.base import Backend, Floats, Integers
+from .bundle import Bundle
+from .errors import BackendError, UsageError
+from .noise import NoiseSource, SeededNoise, checked_seed
+from .plan import PlanSettings, SamplingPlan, preset, resolve
+from .sampler import Observer, sample
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What :meth:`Pipeline.generate` returns.
+
+    Attributes:
+        images: uint8 [n, H, W, 3].
+        latents: float32 [n, L, C].
+        labels: class of each image.
+        seeds: seed of each image.
+        plan: what was run.
+    """
+
+    images: NDArray[np.uint8]
+    latents: Floats
+    labels: tuple[int, ...]
+    seeds: tuple[int, ...]
+    plan: SamplingPlan
+
+
+class Pipeline:
+    """A model ready to generate."""
+
+    def __init__(
+        self, architecture: Architecture, backend: Backend, plan_defaults: dict | None = None, max_batch: int = 8
+    ) -> None:
+        self.architecture = architecture
+        self.backend = backend
+        self.plan_defaults = dict(plan_defaults or {})
+        self.max_batch = max_batch
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path | Bundle,
+        backend: str = "onnxruntime",
+        threads: int | None = None,
+        checksums: bool = True,
+    ) -> Pipeline:
+        """Opens a bundle with an engine library.
+
+        Args:
+            bundle: its folder, or a bundle already read.
+            backend: ``onnxruntime``.
+            threads: threads of one call; the library's default if None.
+            checksums: compare every file's SHA-256 with the manifest (sizes always are).
+
+        Raises:
+            BundleError: the bundle is not sound.
+            BackendError: the engine library is missing or refuses a graph.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.load(Path(bundle))
+        if backend != "onnxruntime":
+            raise BackendError(f"backend {backend!r} is not one of onnxruntime")
+        from .backends.onnxruntime import OnnxRuntimeBackend
+
+        engine = OnnxRuntimeBackend(bundle.graph_paths(checksums), threads)
+        return cls(bundle.architecture, engine, dict(bundle.plan_defaults), bundle.max_batch)
+
+    def plan(self, plan: str | PlanSettings | SamplingPlan = "gtr") -> SamplingPlan:
+        """A plan by preset name (with the model's defaults), by settings, or as it is.
+
+        Raises:
+            PlanError: unknown preset, or settings that do not fit the model.
+        """
+        if isinstance(plan, SamplingPlan):
+            return plan
+        settings = preset(plan, self.architecture, self.plan_defaults) if isinstance(plan, str) else plan
+        return resolve(settings, self.architecture)
+
+    def generate(
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int] | None = None,
+        plan: str | PlanSettings | SamplingPlan = "gtr",
+        batch_size: int | None = None,
+        noise: NoiseSource | None = None,
+        orders: Integers | None = None,
+        observer: Callable[[int], Observer | None] | None = None,
+    ) -> Generation:
+        """Generates one image per label.
+
+        Args:
+            labels: class indices.
+            seeds: one per image; 0, 1, 2, ... by default. The same seed, class and plan give the same image, whatever
+                else is generated with it.
+            plan: see :meth:`plan`.
+            batch_size: images per batch; the bundle's ``max_batch`` by default.
+            noise: replaces the seeds' noise (recorded noise in tests); needs all images in one batch.
+            orders: int64 [n, L], replaces the seeds' token orders.
+            observer: called with the index of a batch's first image; what it returns is called after each AR step.
+
+        Raises:
+            UsageError: labels, seeds, sizes or the plan are out of range.
+            BackendError: an engine fails, or gives values that are not finite.
+        """
+        resolved = self.plan(plan)
+        count = len(labels)
+        if count == 0:
+            raise UsageError("no labels: nothing to generate")
+        for label in labels:
+            if isinstance(label, bool) or not isinstance(label, int | np.integer):
+                raise UsageError(f"class {label!r} is not a whole number")
+            if not 0 <= label < self.architecture.classes:
+                raise UsageError(f"class {label} is not in 0..{self.architecture.classes - 1}")
+        seeds = list(range(count)) if seeds is None else [checked_seed(seed) for seed in seeds]
+        if len(seeds) != count:
+            raise UsageError(f"{len(seeds)} seeds for {count} labels; give one seed per image")
+        size = min(count, self.max_batch) if batch_size is None else batch_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UsageError(f"batch size {size!r} is not a whole number of at least 1")
+        if noise is not None and size < count:
+            raise UsageError(f"a noise source needs all {count} images in one batch, the batch size is {size}")
+        if orders is not None and len(orders) != count:
+            raise UsageError(f"{len(orders)} orders for {count} labels; give one order per image")
+
+        images, latents = [], []
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            batch = sample(
+                self.backend,
+                resolved,
+                self.architecture,
+                list(labels[part]),
+                seeds[part],
+                noise or SeededNoise(seeds[part], self.architecture.token_channels),
+                None if orders is None else orders[part],
+                observer(start) if observer else None,
+            )
+            latents.append(batch)
+            images.append(self.backend.decode(batch))
+        return Generation(
+            np.concatenate(images), np.concatenate(latents), tuple(int(x) for x in labels), tuple(seeds), resolved
+        )

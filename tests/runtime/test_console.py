@@ -1,0 +1,93 @@
+"""Errors in one line with the right exit code; progress that suits a terminal and a log."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import click
+import pytest
+from click.testing import CliRunner
+from gtr_deploy.runtime.console import CommandGroup, Reporter, print_table
+from gtr_deploy.runtime.errors import BundleError, PlanError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (BundleError("two\nlines"), 1, "tool: two lines\n"),
+        (PlanError("cfg is odd"), 2, "tool: cfg is odd\n"),
+        (click.UsageError("no such thing"), 2, "tool: no such thing (see tool --help)\n"),
+        (click.ClickException("broken"), 1, "tool: broken\n"),
+        (FileNotFoundError(2, "No such file", "x.png"), 1, "tool: x.png: No such file\n"),
+        (KeyboardInterrupt(), 130, "tool: stopped\n"),
+        (click.Abort(), 130, "tool: stopped\n"),
+    ],
+)
+def test_every_error_is_one_line(error: BaseException, code: int, line: str) -> None:
+    @click.group(cls=CommandGroup, name="tool")
+    def group() -> None:
+        pass
+
+    @group.command()
+    def run() -> NoReturn:
+        raise error
+
+    result = CliRunner().invoke(group, ["run"], prog_name="tool")
+    assert result.exit_code == code
+    assert result.stderr.replace("tool run", "tool") == line
+
+
+def test_unforeseen_errors_keep_their_traceback() -> None:
+    @click.group(cls=CommandGroup, name="tool")
+    def group() -> None:
+        pass
+
+    @group.command()
+    def run() -> NoReturn:
+        raise ZeroDivisionError
+
+    assert isinstance(CliRunner().invoke(group, ["run"]).exception, ZeroDivisionError)
+
+
+def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter()
+    with reporter.stage("load"):
+        pass
+    with reporter.bar("work", 20, "steps") as bar:
+        for _ in range(20):
+            bar.advance()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines[0] == "load ..."
+    assert lines[1].startswith("load: 0.")
+    assert len(lines) == 2 + 9
+    assert lines[2].startswith("work: 2/20 steps")
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(quiet=True)
+    with reporter.stage("load"), reporter.bar("work", 2) as bar:
+        bar.to(2)
+    reporter.say("hello")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_live_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    reporter = Reporter()
+    with reporter.stage("load"):
+        pass
+    with reporter.bar("work", 3, "steps") as bar:
+        bar.to(3)
+    error = capsys.readouterr().err
+    assert "load" in error
+    assert "work" in error
+
+
+def test_tables_are_never_cut_outside_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 150
+    print_table(["name", "value"], [[long, "1.5"], ["b", "-2"]], title="t")
+    assert long in capsys.readouterr().out

@@ -1,0 +1,148 @@
+"""Generation through a real bundle on ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gtr_deploy.runtime import BackendError, Pipeline, PlanError, PlanSettings, UsageError
+from gtr_deploy.runtime.architecture import ARCHITECTURES
+from gtr_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from gtr_deploy.runtime.noise import RecordedNoise, SeededNoise
+from gtr_deploy.runtime.orders import generation_orders
+
+DIGITS = ARCHITECTURES["mar-digits"]
+
+
+@pytest.mark.parametrize("plan", ["gtr", "gtr-compact", "halton"])
+def test_one_seed_one_image(digits_pipeline: Pipeline, plan: str) -> None:
+    labels, seeds = [3, 7, 1, 0, 9, 4, 8, 2], [5, 11, 2**63, 0, 7, 7, 123, 6]
+    together = digits_pipeline.generate(labels, seeds, plan, batch_size=8)
+    for index in (0, 2, 7):
+        alone = digits_pipeline.generate([labels[index]], [seeds[index]], plan)
+        difference = np.linalg.norm(alone.latents[0] - together.latents[index])
+        assert difference <= 1e-5 * np.linalg.norm(alone.latents[0])
+    mixed = digits_pipeline.generate(labels[::-1], seeds[::-1], plan, batch_size=3)
+    for one, other in zip(mixed.latents[::-1], together.latents, strict=True):
+        assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(other)
+
+
+def test_seeds_and_classes_matter(digits_pipeline: Pipeline) -> None:
+    result = digits_pipeline.generate([3, 3, 4], [1, 2, 1], "gtr-fast")
+    assert not np.array_equal(result.images[0], result.images[1])
+    assert not np.array_equal(result.images[0], result.images[2])
+    assert result.images.shape == (3, 32, 32, 3)
+    assert result.images.dtype == np.uint8
+    assert result.labels == (3, 3, 4)
+    assert result.seeds == (1, 2, 1)
+
+
+def test_default_seeds_count_up_across_batches(digits_pipeline: Pipeline) -> None:
+    result = digits_pipeline.generate([1, 2, 3], plan="gtr-fast", batch_size=2)
+    assert result.seeds == (0, 1, 2)
+    alone = digits_pipeline.generate([3], [2], "gtr-fast")
+    np.testing.assert_allclose(alone.latents[0], result.latents[2], atol=1e-4)
+
+
+def test_guidance_changes_the_picture_and_scale_one_is_one_branch(digits_pipeline: Pipeline) -> None:
+    plain = PlanSettings("own", (4, 2), max_timestep=950, cfg=1.0)
+    guided = PlanSettings("own", (4, 2), max_timestep=950, cfg=3.0)
+    first = digits_pipeline.generate([5], [0], plain)
+    second = digits_pipeline.generate([5], [0], guided)
+    assert {step.branches for step in first.plan.steps} == {1}
+    assert {step.branches for step in second.plan.steps} == {2}
+    assert np.linalg.norm(first.latents - second.latents) > 0.01
+
+
+def test_observer_sees_every_batch(digits_pipeline: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def observer(first: int) -> Any:
+        return lambda result: seen.append((first, result.step.index))
+
+    plan = digits_pipeline.plan("gtr-fast")
+    digits_pipeline.generate([1, 2, 3], plan=plan, batch_size=2, observer=observer)
+    steps = len(plan.steps)
+    assert seen == [(first, step) for first in (0, 2) for step in range(steps)]
+
+
+def test_orders_and_noise_can_be_given(digits_pipeline: Pipeline) -> None:
+    plan = digits_pipeline.plan("gtr-fast")
+    orders = generation_orders("gtr", DIGITS.grid, 3, "odd", [4, 5])
+    seeded = digits_pipeline.generate([1, 2], [4, 5], plan)
+    given = digits_pipeline.generate([1, 2], [4, 5], plan, noise=SeededNoise([4, 5], 16), orders=orders)
+    assert np.array_equal(seeded.latents, given.latents)
+    one_by_one = digits_pipeline.generate([1, 2], [4, 5], plan, orders=orders, batch_size=1)
+    np.testing.assert_allclose(one_by_one.latents, seeded.latents, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"labels": []}, "nothing to generate"),
+        ({"labels": [10]}, r"class 10 is not in 0\.\.9"),
+        ({"labels": [-1]}, r"class -1 is not in 0\.\.9"),
+        ({"labels": [True]}, "is not a whole number"),
+        ({"labels": ["3"]}, "is not a whole number"),
+        ({"labels": [1.0]}, "is not a whole number"),
+        ({"labels": [1], "seeds": [1, 2]}, "2 seeds for 1 labels"),
+        ({"labels": [1], "seeds": [-1]}, "seed -1 is not an integer"),
+        ({"labels": [1], "batch_size": 0}, "batch size 0"),
+        ({"labels": [1], "batch_size": 1.5}, r"batch size 1\.5"),
+        ({"labels": [1], "plan": "best"}, "plan 'best' is not one of"),
+        ({"labels": [1], "plan": PlanSettings("own", (65,))}, r"AR steps must be in 1\.\.64"),
+        ({"labels": [1], "orders": np.zeros((1, 64), dtype=np.int64)}, "permutation"),
+        ({"labels": [1], "orders": np.zeros((2, 64), dtype=np.int64)}, "2 orders for 1 labels"),
+        (
+            {
+                "labels": [1, 2],
+                "batch_size": 1,
+                "noise": RecordedNoise(np.zeros((2, 64, 16), np.float32), np.zeros((2, 64, 50, 16), np.float32)),
+            },
+            "needs all 2 images in one batch",
+        ),
+    ],
+)
+def test_bad_requests_are_one_line(digits_pipeline: Pipeline, arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason) as caught:
+        digits_pipeline.generate(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_plan_by_name_settings_or_itself(digits_pipeline: Pipeline) -> None:
+    plan = digits_pipeline.plan("gtr")
+    assert digits_pipeline.plan(plan) is plan
+    assert digits_pipeline.plan(plan.settings) == plan
+    assert plan.settings.max_timestep == 950
+    with pytest.raises(PlanError):
+        digits_pipeline.plan("none")
+
+
+def test_unknown_backend(digits_bundle: Path) -> None:
+    with pytest.raises(BackendError, match="'tensorflow' is not one of onnxruntime"):
+        Pipeline.load(digits_bundle, backend="tensorflow")
+
+
+class TestOnnxRuntimeBackend:
+    def test_a_graph_that_is_no_graph(self, tmp_path: Path) -> None:
+        (tmp_path / "x.onnx").write_bytes(b"not a graph")
+        with pytest.raises(BackendError, match=r"cannot load .*x\.onnx") as caught:
+            OnnxRuntimeBackend({"backbone": tmp_path / "x.onnx"})
+        assert "\n" not in str(caught.value)
+
+    def test_missing_graph_and_wrong_input(self, digits_bundle: Path) -> None:
+        backend = OnnxRuntimeBackend({"decoder": digits_bundle / "graphs" / "decoder.onnx"}, threads=1)
+        with pytest.raises(BackendError, match="no backbone graph"):
+            backend.run("backbone", {})
+        with pytest.raises(BackendError, match="failed in the decoder graph") as caught:
+            backend.run("decoder", {"latents": np.zeros((1, 3, 16), np.float32)})
+        assert "\n" not in str(caught.value)
+
+    def test_without_onnx_runtime(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import sys
+
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(BackendError, match="pip install"):
+            OnnxRuntimeBackend({})
