@@ -107,6 +107,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         if old is not None and not request.force and _is_current(old, request, keys, weights):
             result.stages = dict.fromkeys([*keys, "manifest"], "cached")
             result.bytes = sum(files.bytes for files in old.graphs.values())
+            shutil.rmtree(partial_folder(out), ignore_errors=True)  # what an interrupted --force may have left
             return result
 
         partial = partial_folder(out)

@@ -46,7 +46,9 @@ class Weights:
         path = self.checkpoint_path if source == "checkpoint" else self.vae_path
         if path is not None:
             return file_sha256(path)
-        return "none" if self.random_seed is None else f"random:{self.random_seed}"
+        if self.random_seed is None or (source == "vae" and self.architecture.decoder == "patches"):
+            return "none"
+        return f"random:{self.random_seed}"
 
     def checkpoint(self) -> Mapping[str, Tensor]:
         """MAR's state dict in the official layout, read once.

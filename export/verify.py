@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.architecture import Architecture
-from ..runtime.backends.base import Backend
+from ..runtime.backends.base import Backend, Floats
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ..runtime.bundle import Bundle
 from ..runtime.console import Reporter
@@ -134,13 +134,20 @@ def verify(
         if backend is not None:
             specs = graph_specs(bundle.architecture, bundle.max_batch)
             _finite(backend, specs, bundle.architecture, report, reporter)
-            if weights is None:
-                report.checks += [Check(rung, "all", "skipped", note=why_not) for rung in ("graphs", "images")]
-            else:
+            if weights is not None and not report.failed:
                 _graphs(backend, specs, bundle, weights, report, reporter)
+            if weights is not None and not report.failed:
                 _images(backend, bundle, weights, report, reporter, plans, images)
+        _skip_the_rest(report, why_not)
     bundle.write_report("parity", report.to_json())
     return report
+
+
+def _skip_the_rest(report: Report, why_not: str) -> None:
+    """Rungs above a failed one, or without the weights they need, are not climbed, and say so."""
+    climbed = {check.rung for check in report.checks}
+    note = "a rung below it failed" if report.failed else why_not
+    report.checks += [Check(rung, "all", "skipped", note=note) for rung in RUNGS if rung not in climbed]
 
 
 def relative_error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
@@ -289,31 +296,52 @@ def _images(
     plans: Sequence[str] | None,
     images: int,
 ) -> None:
-    from .reference import TorchBackend, build_networks
-
     architecture = bundle.architecture
-    limit = IMAGE_TOLERANCES[bundle.precision]
-    labels = [index % architecture.classes for index in range(images)]
-    seeds = list(range(images))
-    reference: TorchBackend | None = None
+    chosen: list[str] = []
     for name in plans or PRESETS:
         plan = resolve(preset(name, architecture, bundle.plan_defaults), architecture)
         if plans is None and plan.flops * images > CPU_BUDGET:
             note = f"{plan.flops * images / 1e12:.0f} TFLOP on the CPU, twice; --plans {name} runs it"
             report.checks.append(Check("images", f"plan {name}", "skipped", note=note))
-            continue
-        if reference is None:
-            parts = build_networks(architecture, weights.checkpoint(), weights.vae(), bundle.precision)
-            reference = TorchBackend(parts)
-        with reporter.stage(f"parity: {images} images, plan {name}"):
-            try:
-                pair = [
-                    sample(one, plan, architecture, labels, seeds, SeededNoise(seeds, architecture.token_channels))
-                    for one in (backend, reference)
-                ]
-            except GtrError as error:
-                report.checks.append(Check("images", f"plan {name}", "failed", note=str(error)))
-                continue
-        errors = [relative_error(*both) for both in zip(*pair, strict=True)]
-        status = "ok" if max(errors) <= limit else "failed"
-        report.checks.append(Check("images", f"plan {name}", status, max(errors), limit, f"{images} images, worst"))
+        else:
+            chosen.append(name)
+    if not chosen:
+        return
+    from .reference import TorchBackend, build_networks
+
+    made: dict[tuple[str, str], Floats | GtrError] = {}
+    for precision in dict.fromkeys(["bundle", bundle.precision, "fp32"]):
+        runner: Backend = backend
+        if precision != "bundle":
+            runner = TorchBackend(build_networks(architecture, weights.checkpoint(), weights.vae(), precision))
+        for name in chosen:
+            with reporter.stage(
+                f"{images} images, plan {name}, {runner.name} {precision.replace('onnx', '')}".rstrip()
+            ):
+                made[precision, name] = _generated(runner, name, bundle, images)
+    limit = IMAGE_TOLERANCES[bundle.precision]
+    for name in chosen:
+        for precision in dict.fromkeys([bundle.precision, "fp32"]):
+            report.checks.append(_compared(name, precision, made["bundle", name], made[precision, name], limit))
+
+
+def _generated(backend: Backend, name: str, bundle: Bundle, images: int) -> Floats | GtrError:
+    architecture = bundle.architecture
+    plan = resolve(preset(name, architecture, bundle.plan_defaults), architecture)
+    labels = [index % architecture.classes for index in range(images)]
+    seeds = list(range(images))
+    try:
+        return sample(backend, plan, architecture, labels, seeds, SeededNoise(seeds, architecture.token_channels))
+    except GtrError as error:
+        return error
+
+
+def _compared(name: str, precision: str, found: Floats | GtrError, wanted: Floats | GtrError, limit: float) -> Check:
+    subject = f"plan {name}, torch {precision}"
+    for side in (found, wanted):
+        if isinstance(side, GtrError):
+            return Check("images", subject, "failed", note=str(side))
+    assert not isinstance(found, GtrError)
+    assert not isinstance(wanted, GtrError)
+    worst = max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+    return Check("images", subject, "ok" if worst <= limit else "failed", worst, limit, f"worst of {len(found)} images")

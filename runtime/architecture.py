@@ -146,5 +146,5 @@ PLAN_DEFAULTS: dict[str, dict[str, Any]] = {
     "mar-b": {"cfg": 2.9, "cfg_schedule": "linear", "max_timestep": 999},
     "mar-l": {"cfg": 3.0, "cfg_schedule": "linear", "max_timestep": 999},
     "mar-h": {"cfg": 3.2, "cfg_schedule": "linear", "max_timestep": 999},
-    "mar-digits": {"cfg": 1.0, "cfg_schedule": "linear", "max_timestep": 950},
+    "mar-digits": {"cfg": 2.0, "cfg_schedule": "linear", "max_timestep": 950, "temperature": 0.9},
 }

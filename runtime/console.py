@@ -132,7 +132,7 @@ class Reporter:
                 tenth = 10 * done // max(total, 1)
                 if tenth > shown[0] and done < total:
                     shown[0] = tenth
-                    self.say(f"{name}: {done}/{total} {unit} ({time.monotonic() - start:.0f} s)".replace(" (", " ("))
+                    self.say(f"{name}: {done}/{total} {unit} ({time.monotonic() - start:.0f} s)")
 
             yield Progressed(line)
 

@@ -50,7 +50,8 @@ class GraphSpec:
         tolerances: largest relative error (norm of the difference over norm) against the torch reference of the *same*
             precision that counts as parity.
         against_fp32: the same against the fp32 reference: what the precision itself may cost.
-        usual: axis sizes of a call that a plan typically makes; ``smallest`` and ``largest`` its limits.
+        smallest, usual, largest: axis sizes that verification calls the graph with: the least that is allowed, a
+            typical call, and the most work that a plan can ask for at the largest batch.
     """
 
     kind: str
@@ -76,9 +77,10 @@ class GraphSpec:
         }
 
 
-IMAGE_TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1}
-"""Whole generations: relative error of the latents against the torch reference of the same precision. Half precision
-errors are multiplied along the reverse chains, so two correct implementations of one half-precision network differ."""
+IMAGE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2}
+"""Whole generations: relative error of the latents against the torch reference, of the same precision and of fp32. Half
+precision errors are multiplied along the reverse chains, so that two correct implementations of one half-precision
+network differ about as much as each differs from fp32."""
 
 
 def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, GraphSpec]:
@@ -87,6 +89,7 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
     height, breadth = architecture.image_size
     rows = max_batch * total
     some = max(1, total // 8)
+    known = min(3 * some, total - some)
 
     def real(name: str, *axes: Axis) -> TensorSpec:
         return TensorSpec(name, "float32", axes)
@@ -107,7 +110,7 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
         tolerances={"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2},
         against_fp32={"fp32": 2e-5, "fp16": 1e-2, "bf16": 8e-2},
         smallest={"G": 1, "B": 1, "V": 0, "P": 1, "R": 0},
-        usual={"G": 2, "B": 2, "V": 3 * some, "P": some, "R": total - 4 * some},
+        usual={"G": 2, "B": 2, "V": known, "P": some, "R": total - known - some},
         largest={"G": 2, "B": max_batch, "V": total // 2, "P": total - total // 2, "R": 0},
     )
     step = GraphSpec(
@@ -125,7 +128,7 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
         against_fp32={"fp32": 1e-5, "fp16": 1e-2, "bf16": 8e-2},
         smallest={"G": 1, "N": 1},
         usual={"G": 2, "N": 2 * some},
-        largest={"G": 2, "N": rows // 2},
+        largest={"G": 2, "N": rows},
     )
     detail = GraphSpec(
         "detail_score",

@@ -54,7 +54,7 @@ def halton_order(grid: tuple[int, int]) -> NDArray[np.int64]:
     seen: set[int] = set()
     index = 1
     while len(order) < total:
-        row, column = int(_radical_inverse(index, 2) * grid[0]), int(_radical_inverse(index, 3) * grid[1])
+        row, column = _radical_inverse_cell(index, 2, grid[0]), _radical_inverse_cell(index, 3, grid[1])
         position = row * grid[1] + column
         if position not in seen:
             seen.add(position)
@@ -63,13 +63,13 @@ def halton_order(grid: tuple[int, int]) -> NDArray[np.int64]:
     return np.array(order, dtype=np.int64)
 
 
-def _radical_inverse(index: int, base: int) -> float:
-    value, weight = 0.0, 1.0
+def _radical_inverse_cell(index: int, base: int, cells: int) -> int:
+    """The cell 0..cells-1 in which the radical inverse of ``index`` falls; in whole numbers, which do not round."""
+    reversed_digits, power = 0, 1
     while index:
-        weight /= base
         index, digit = divmod(index, base)
-        value += digit * weight
-    return value
+        reversed_digits, power = reversed_digits * base + digit, power * base
+    return reversed_digits * cells // power
 
 
 def generation_orders(

@@ -72,6 +72,11 @@ class Pipeline:
             bundle = Bundle.load(Path(bundle))
         if backend != "onnxruntime":
             raise BackendError(f"backend {backend!r} is not one of onnxruntime")
+        if bundle.precision == "bf16":
+            raise BackendError(
+                "ONNX Runtime's CPU provider has no bfloat16 matrix product; use an fp32 or fp16 bundle "
+                f"(gtr-export build --model {bundle.architecture.name} --precision fp16)"
+            )
         from .backends.onnxruntime import OnnxRuntimeBackend
 
         engine = OnnxRuntimeBackend(bundle.graph_paths(checksums), threads)

@@ -284,6 +284,12 @@ def _check(settings: PlanSettings) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise PlanError(f"{label} {value!r} is not in {low:g}..{high:g}")
 
+    for label, numbers in (
+        ("stage steps", settings.stage_steps),
+        ("generation diffusion steps", settings.generation_diffusion),
+    ):
+        if not isinstance(numbers, tuple | list):
+            raise PlanError(f"{label} {numbers!r} is not a list of whole numbers")
     if not settings.stage_steps:
         raise PlanError("stage steps are empty: give AR steps per stage, for example 24,6,2")
     for steps in settings.stage_steps:
@@ -295,6 +301,8 @@ def _check(settings: PlanSettings) -> None:
     one_of("cfg schedule", settings.cfg_schedule, CFG_SCHEDULES)
     one_of("decoder context", settings.context, CONTEXTS)
     whole("max timestep", settings.max_timestep)
+    if not 0 <= settings.max_timestep < TRAINING_STEPS:
+        raise PlanError(f"max timestep {settings.max_timestep} is not in 0..{TRAINING_STEPS - 1}")
     if len(settings.generation_diffusion) != 2:
         raise PlanError("generation diffusion steps are two numbers, first and last")
     for label, count in (

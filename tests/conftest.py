@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+
 from gtr_deploy.export.build import BuildRequest, build
 from gtr_deploy.runtime.bundle import Bundle
 from gtr_deploy.runtime.console import Reporter

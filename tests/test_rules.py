@@ -26,11 +26,8 @@ def _imports(path: Path, part: str) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:
-                found.add((node.module or "").split(".")[0])
-            elif node.level == depth + 1:
-                found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.level in (0, depth + 1):
+            found.add((node.module or "").split(".")[0])
     return found
 
 

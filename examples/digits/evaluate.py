@@ -1,12 +1,13 @@
 """Generates digits with several plans and counts how many are the digit that was asked for.
 
-    python examples/digits/evaluate.py bundles/mar-digits-fp32 --plans mar,gtr,gtr-fast,gtr-compact
+python examples/digits/evaluate.py bundles/mar-digits-fp32 --plans mar,gtr,gtr-fast,gtr-compact
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,8 +15,22 @@ import click
 import numpy as np
 from judge import train_judge
 
-from gtr_deploy.runtime import Pipeline
+from gtr_deploy.runtime import Bundle, Pipeline
+from gtr_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from gtr_deploy.runtime.plan_options import chosen_plan
+
+
+def load(folder: Path, threads: int | None) -> Pipeline:
+    """The bundle on ONNX Runtime; bf16 through float32 casts, because its CPU provider has no bfloat16 products."""
+    bundle = Bundle.load(folder)
+    if bundle.precision != "bf16":
+        return Pipeline.load(bundle, threads=threads)
+    from gtr_deploy.export.bfloat16 import widen
+
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = {kind: widen(path, Path(scratch) / path.name) for kind, path in bundle.graph_paths().items()}
+        backend = OnnxRuntimeBackend(paths, threads)
+    return Pipeline(bundle.architecture, backend, dict(bundle.plan_defaults), bundle.max_batch)
 
 
 @click.command()
@@ -25,15 +40,26 @@ from gtr_deploy.runtime.plan_options import chosen_plan
 @click.option("--batch-size", default=100, show_default=True)
 @click.option("--cfg", type=float, help="Guidance scale instead of the model's.")
 @click.option("--max-timestep", type=int, help="Largest diffusion timestep instead of the model's.")
+@click.option("--temperature", type=float, help="Temperature instead of the model's.")
+@click.option("--threads", type=int, help="Threads of one engine call.")
 @click.option("--json", "as_json", is_flag=True)
 def evaluate(
-    bundle: Path, plans: str, images: int, batch_size: int, cfg: float | None, max_timestep: int | None, as_json: bool
+    bundle: Path,
+    plans: str,
+    images: int,
+    batch_size: int,
+    cfg: float | None,
+    max_timestep: int | None,
+    temperature: float | None,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Reports the class accuracy per plan, judged by a classifier that has seen real digits only."""
     judge = train_judge()
-    pipeline = Pipeline.load(bundle)
+    pipeline = load(bundle, threads)
     labels = np.arange(images, dtype=np.int64) % 10
-    overrides = {k: v for k, v in (("cfg", cfg), ("max_timestep", max_timestep)) if v is not None}
+    given = {"cfg": cfg, "max_timestep": max_timestep, "temperature": temperature}
+    overrides = {name: value for name, value in given.items() if value is not None}
     results = {}
     for name in plans.split(","):
         plan = chosen_plan(name, overrides, pipeline.architecture, pipeline.plan_defaults)

@@ -33,9 +33,7 @@ class Judge:
 def train_judge(seed: int = 0) -> Judge:
     """Fits on three quarters of the real digits and measures on the rest; takes about a second."""
     digits = load_digits()
-    parts = train_test_split(
-        digits.data / 16, digits.target, test_size=0.25, random_state=seed, stratify=digits.target
-    )
+    parts = train_test_split(digits.data / 16, digits.target, test_size=0.25, random_state=seed, stratify=digits.target)
     known, held_out, known_labels, held_out_labels = parts
     classifier = SVC(gamma="scale", C=10.0).fit(known, known_labels)
     return Judge(classifier, float(classifier.score(held_out, held_out_labels)))

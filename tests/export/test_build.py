@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from gtr_deploy.export import build as build_module
 from gtr_deploy.export import folders
 from gtr_deploy.export.build import BuildRequest, build, default_out
@@ -29,7 +30,16 @@ def _states(**changed: str) -> dict[str, str]:
 def test_second_build_does_nothing_and_quickly(own_bundle: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in own_bundle.rglob("*")}
     start = time.monotonic()
-    command = [sys.executable, "-m", "gtr_deploy.export.cli", "build", "--model", "mar-digits", "--out", str(own_bundle)]
+    command = [
+        sys.executable,
+        "-m",
+        "gtr_deploy.export.cli",
+        "build",
+        "--model",
+        "mar-digits",
+        "--out",
+        str(own_bundle),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.monotonic() - start < 5
     assert "is up to date" in done.stdout
@@ -82,7 +92,7 @@ def test_folders_in_the_way(tmp_path: Path, own_bundle: Path) -> None:
             build(BuildRequest("mar-digits", tmp_path / "photos", force=force), QUIET)
     assert (tmp_path / "photos" / "me.png").read_text() == "x"
     (own_bundle / "manifest.json").write_text("{")
-    with pytest.raises(GtrError, match="is in the way.*--force replaces it"):
+    with pytest.raises(GtrError, match=r"is in the way.*--force replaces it"):
         build(BuildRequest("mar-digits", own_bundle), QUIET)
 
 
@@ -137,6 +147,24 @@ def test_kill_leaves_no_bundle_or_the_old_one_and_the_next_build_resumes(tmp_pat
     assert not partial.exists()
 
 
+def test_kill_while_replacing_leaves_the_old_bundle(own_bundle: Path) -> None:
+    before = (own_bundle / "manifest.json").read_bytes()
+    partial = folders.partial_folder(own_bundle)
+    command = [sys.executable, "-m", "gtr_deploy.export.cli", "build", "--model", "mar-digits", "--force"]
+    process = subprocess.Popen([*command, "--out", str(own_bundle)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (partial / "graphs").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (own_bundle / "manifest.json").read_bytes() == before
+    Bundle.load(own_bundle).graph_paths()
+    with pytest.raises(BundleError):
+        Bundle.load(partial)
+    assert build(BuildRequest("mar-digits", own_bundle), QUIET).unchanged
+    assert not partial.exists()
+
+
 def test_failure_keeps_the_old_bundle(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise GtrError("no")
@@ -149,7 +177,9 @@ def test_failure_keeps_the_old_bundle(own_bundle: Path, monkeypatch: pytest.Monk
     Bundle.load(own_bundle).graph_paths()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"backbone": 3}', '{"backbone": {"key": "x", "model": {}, "data": null}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"backbone": 3}', '{"backbone": {"key": "x", "model": {}, "data": null}}']
+)
 def test_damaged_record_of_stages_only_costs_time(own_bundle: Path, content: str) -> None:
     partial = folders.partial_folder(own_bundle)
     partial.mkdir()

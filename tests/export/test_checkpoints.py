@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gtr_deploy.export import checkpoints
+from safetensors.torch import save_file
+from torch import Tensor
+
 from gtr_deploy.export.checkpoints import (
     compare,
     expected_mar,
@@ -29,8 +31,6 @@ from gtr_deploy.export.checkpoints import (
 from gtr_deploy.export.models.decoders import LATENT_SCALE, Kl16Decoder
 from gtr_deploy.runtime.architecture import ARCHITECTURES, Architecture
 from gtr_deploy.runtime.errors import GtrError
-from safetensors.torch import save_file
-from torch import Tensor
 
 DATA = Path(__file__).parents[1] / "data"
 OFFICIAL = DATA / "mar_tiny_checkpoint-last.pth"

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from gtr_deploy.export import download as module
 from gtr_deploy.export.download import MEBIBYTE, cache_dir, download, find_or_download
 from gtr_deploy.export.zoo import WeightSource

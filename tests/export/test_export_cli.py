@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+
 from gtr_deploy.export import doctor, sources
 from gtr_deploy.export.zoo import MODELS, WeightSource
 from gtr_deploy.runtime.bundle import Bundle

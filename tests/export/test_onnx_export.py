@@ -12,6 +12,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import Tensor, nn
+
 from gtr_deploy.export import onnx_export
 from gtr_deploy.export.checkpoints import random_mar, random_vae_decoder
 from gtr_deploy.export.onnx_export import check_graph, export_graph
@@ -20,7 +22,6 @@ from gtr_deploy.export.verify import graph_inputs, relative_error
 from gtr_deploy.runtime.architecture import ARCHITECTURES, Architecture
 from gtr_deploy.runtime.errors import GtrError
 from gtr_deploy.runtime.graphs import GraphSpec, graph_specs
-from torch import Tensor, nn
 
 DIGITS = ARCHITECTURES["mar-digits"]
 #: Not square, odd, with the VAE: nothing may depend on mar-digits' sizes.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gtr_deploy.runtime.architecture import ARCHITECTURES
 from gtr_deploy.runtime.bundle import Bundle, StoredFile
 from gtr_deploy.runtime.errors import BundleError

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from gtr_deploy.runtime.errors import BundleError
-from gtr_deploy.runtime.files import atomic_path, inside, read_json, sha256, write_json
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gtr_deploy.runtime.errors import BundleError
+from gtr_deploy.runtime.files import atomic_path, inside, read_json, sha256, write_json
 
 
 def test_atomic_path_replaces_only_on_success(tmp_path: Path) -> None:

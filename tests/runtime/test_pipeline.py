@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
 from gtr_deploy.runtime import BackendError, Pipeline, PlanError, PlanSettings, UsageError
 from gtr_deploy.runtime.architecture import ARCHITECTURES
 from gtr_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -123,6 +125,20 @@ def test_plan_by_name_settings_or_itself(digits_pipeline: Pipeline) -> None:
 def test_unknown_backend(digits_bundle: Path) -> None:
     with pytest.raises(BackendError, match="'tensorflow' is not one of onnxruntime"):
         Pipeline.load(digits_bundle, backend="tensorflow")
+
+
+def test_bfloat16_is_refused_before_anything_is_opened(build_digits: Callable[[str], Path]) -> None:
+    with pytest.raises(BackendError, match="no bfloat16 matrix product; use an fp32 or fp16 bundle"):
+        Pipeline.load(build_digits("bf16"))
+
+
+def test_half_precision_makes_nearly_the_same_picture(
+    build_digits: Callable[[str], Path], digits_pipeline: Pipeline
+) -> None:
+    half = Pipeline.load(build_digits("fp16"), threads=1).generate([3, 8], plan="gtr-fast")
+    full = digits_pipeline.generate([3, 8], plan="gtr-fast")
+    error = np.linalg.norm(half.latents - full.latents) / np.linalg.norm(full.latents)
+    assert 0 < error < 2e-2
 
 
 class TestOnnxRuntimeBackend:

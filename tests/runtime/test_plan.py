@@ -250,7 +250,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"stage_steps": ()}, "stage steps are empty: give AR steps per stage, for example 24,6,2"),
     ({"stage_steps": (24, 6.0, 2)}, "stage steps 6.0 is not a whole number"),
     ({"stage_steps": (24, True, 2)}, "stage steps True is not a whole number"),
-    ({"stage_steps": "24"}, "stage steps '2' is not a whole number"),
+    ({"stage_steps": "24"}, "stage steps '24' is not a list of whole numbers"),
     ({"stage_steps": (65, 6, 2)}, "stage 1 has 64 tokens: its AR steps must be in 1..64, not 65"),
     ({"stage_steps": (24, 0, 2)}, "stage 2 has 64 tokens: its AR steps must be in 1..64, not 0"),
     ({"stage_steps": (24, 6, -1)}, "stage 3 has 128 tokens: its AR steps must be in 1..128, not -1"),
@@ -268,8 +268,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"context": "none"}, "decoder context 'none' is not one of full, compact"),
     ({"max_timestep": 950.0}, "max timestep 950.0 is not a whole number"),
     ({"max_timestep": True}, "max timestep True is not a whole number"),
-    ({"max_timestep": 1000}, "generation diffusion steps: max timestep 1000 is not in 0..999"),
-    ({"max_timestep": -1}, "generation diffusion steps: max timestep -1 is not in 0..999"),
+    ({"max_timestep": 1000}, "max timestep 1000 is not in 0..999"),
+    ({"max_timestep": -1}, "max timestep -1 is not in 0..999"),
     ({"generation_diffusion": (50,)}, "generation diffusion steps are two numbers, first and last"),
     ({"generation_diffusion": (50, 20, 5)}, "generation diffusion steps are two numbers, first and last"),
     ({"generation_diffusion": ("50", 20)}, "generation diffusion steps '50' is not a whole number"),
@@ -361,7 +361,7 @@ def test_a_model_cannot_have_defaults_for_everything() -> None:
 
 @pytest.mark.parametrize("name", PLAN_DEFAULTS)
 def test_published_guidance_is_the_default(name: str) -> None:
-    wanted = {"mar-b": (2.9, 999), "mar-l": (3.0, 999), "mar-h": (3.2, 999), "mar-digits": (1.0, 950)}[name]
+    wanted = {"mar-b": (2.9, 999), "mar-l": (3.0, 999), "mar-h": (3.2, 999), "mar-digits": (2.0, 950)}[name]
     found = preset("gtr", ARCHITECTURES[name], PLAN_DEFAULTS[name])
     assert (found.cfg, found.max_timestep, found.cfg_schedule) == (*wanted, "linear")
     assert sum(step.predicted for step in resolve(found, ARCHITECTURES[name]).steps) == ARCHITECTURES[name].tokens

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
+from PIL import Image
+
 from gtr_deploy.runtime.images import read_settings
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.plan import PlanSettings
-from PIL import Image
 
 Cli = Callable[..., Result]
 
@@ -161,7 +162,7 @@ class TestPlan:
         assert plan["generation_diffusion"] == [30, 30]
 
     @pytest.mark.parametrize(
-        ("stages", "steps"), [(1, [32]), (2, [30, 2]), (3, [24, 6, 2]), (4, [23, 6, 1, 2]), (5, [23, 6, 1, 1, 2])]
+        ("stages", "steps"), [(1, [32]), (2, [30, 2]), (3, [24, 6, 2]), (4, [23, 6, 1, 2]), (5, [16, 6, 1, 1, 2])]
     )
     def test_stages_keep_the_papers_proportions(self, run_cli: Cli, stages: int, steps: list[int]) -> None:
         result = run_cli("plan", "mar-h", "--stages", stages, "--json")

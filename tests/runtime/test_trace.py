@@ -165,7 +165,7 @@ def test_a_trace_without_refinement_does_not_mention_it() -> None:
 
 @pytest.mark.parametrize("rule", ["all", "none", "fts"])
 def test_the_line_above_names_the_diffusion_steps(rule: str) -> None:
-    settings = preset("gtr", DIGITS, {"fts": rule})
+    settings = replace(preset("gtr", DIGITS), fts=rule)
     plan = resolve(settings, DIGITS)
     expected = {"all": "50 diffusion steps", "none": "20 diffusion steps", "fts": "20 diffusion steps (50 refined)"}
     line = module._progress(plan, plan.steps[-1])
