@@ -11,6 +11,7 @@ picture quality or speed. Tolerances are declared with the graphs (runtime/graph
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -123,6 +124,8 @@ def verify(
     for name in plans or ():
         preset(name, bundle.architecture, bundle.plan_defaults)
     weights, why_not = weights_of_bundle(bundle, checkpoint, vae, reporter)
+    if weights is not None and importlib.util.find_spec("torch") is None:
+        weights, why_not = None, "torch is not installed; pip install 'gtr-deploy[export]'"
     emulated = bundle.precision == "bf16"
     report = Report(
         bundle.architecture.name,
@@ -146,7 +149,7 @@ def verify(
 def _skip_the_rest(report: Report, why_not: str) -> None:
     """Rungs above a failed one, or without the weights they need, are not climbed, and say so."""
     climbed = {check.rung for check in report.checks}
-    note = "a rung below it failed" if report.failed else why_not
+    note = "a rung below it failed" if report.failed else why_not or "a rung below it was not climbed"
     report.checks += [Check(rung, "all", "skipped", note=note) for rung in RUNGS if rung not in climbed]
 
 
@@ -198,6 +201,10 @@ def _loads(bundle: Bundle, report: Report, reporter: Reporter, scratch: Path) ->
             backend = OnnxRuntimeBackend(paths)
     except (BundleError, BackendError) as error:
         report.checks.append(Check("loads", "all graphs", "failed", note=str(error)))
+        return None
+    except ImportError as error:
+        note = f"evaluating bf16 on the CPU needs {error.name}; pip install 'gtr-deploy[export]'"
+        report.checks.append(Check("loads", "all graphs", "skipped", note=note))
         return None
     report.checks += [
         Check("loads", kind, "ok", note=f"opset {files.opset}, {files.bytes / 2**20:.1f} MiB")

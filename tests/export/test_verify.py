@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,23 @@ def test_without_the_checkpoint_the_lower_rungs_are_climbed(own_bundle: Path, tm
     manifest["source"]["checkpoint"]["path"] = str(other)
     write_json(own_bundle / "manifest.json", manifest)
     assert "the bundle was built from" in verify(own_bundle, QUIET).checks[-1].note
+
+
+def test_on_a_deployment_machine_without_torch(
+    own_bundle: Path, build_digits: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    report = verify(own_bundle, QUIET)
+    assert report.reached == "finite"
+    assert not report.failed
+    assert "torch is not installed" in report.checks[-1].note
+    monkeypatch.setitem(sys.modules, "gtr_deploy.export.bfloat16", None)
+    half = Path(shutil.copytree(build_digits("bf16"), tmp_path / "bf16"))
+    report = verify(half, QUIET)
+    assert report.reached == "none"
+    assert "pip install 'gtr-deploy[export]'" in report.checks[0].note
 
 
 def test_random_weights_are_made_again(tmp_path: Path) -> None:
