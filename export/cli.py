@@ -128,7 +128,7 @@ def verify(
             for check in report.checks
         ]
         title = f"{report.model}, {report.precision}, evaluated with {report.evaluated_with}"
-        print_table(["rung", "what", "status", "error", "limit", ""], rows, title=title)
+        print_table(["rung", "what", "status", "error", "limit", "note"], rows, title=title)
         click.echo(f"rung reached: {report.reached}; written to {bundle / 'reports' / 'parity.json'}")
     if report.failed:
         context.exit(1)
@@ -210,7 +210,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        print_table(["", "", ""], [[f.subject, f.status, f.detail] for f in findings])
+        print_table(["what", "status", "detail"], [[f.subject, f.status, f.detail] for f in findings])
     if any(finding.status == "missing" for finding in findings):
         context.exit(1)
 

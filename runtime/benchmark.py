@@ -17,7 +17,7 @@ from .errors import UsageError
 from .pipeline import Pipeline
 from .plan import SamplingPlan
 
-PARTS = ("backbone", "diffusion head", "decoder", "host")
+PARTS = ("backbone", "head", "decoder", "host")
 
 
 class TimedBackend:
@@ -44,7 +44,7 @@ class TimedBackend:
         return self._timed("backbone", self._inner.detail, condition)
 
     def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
-        return self._timed("diffusion head", self._inner.denoise, condition, chain)
+        return self._timed("head", self._inner.denoise, condition, chain)
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
         return self._timed("decoder", self._inner.decode, latents)

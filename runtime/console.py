@@ -57,19 +57,28 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table on standard output; columns of numbers are right-aligned. Never cut where there is no terminal."""
+    """A table on standard output; columns of numbers are right-aligned.
+
+    Only the last column folds, and only on a terminal: a number that is broken over two lines cannot be read.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    widths = [max(len(text) for text in cells) for cells in zip(columns, *rows, strict=True)]
     for index, column in enumerate(columns):
         numeric = all(_looks_numeric(row[index]) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        least = widths[index] if index < len(columns) - 1 else min(widths[index], 24)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else 200
-    Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(table)
+    padding = 3 * len(columns) + 2
+    needed = sum(widths) + padding
+    if sys.stdout.isatty():
+        needed = max(Console().width, sum(widths[:-1]) + min(widths[-1], 24) + padding)
+    console = Console(file=sys.stdout, width=max(needed, len(title or "")), highlight=False, markup=False, emoji=False)
+    console.print(table)
 
 
 def _looks_numeric(text: str) -> bool:

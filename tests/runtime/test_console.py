@@ -93,3 +93,13 @@ def test_tables_are_never_cut_outside_a_terminal(capsys: pytest.CaptureFixture[s
     long = "x" * 150
     print_table(["name", "value"], [[long, "1.5"], ["b", "-2"]], title="t")
     assert long in capsys.readouterr().out
+
+
+def test_narrow_terminals_break_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    numbers = [f"{n}.123456" for n in range(6)]
+    print_table([*"abcdef", "note"], [[*numbers, "a long note " * 5]])
+    lines = click.unstyle(capsys.readouterr().out).splitlines()
+    assert any(all(number in line for number in numbers) for line in lines)
+    assert max(len(line) for line in lines) < 110

@@ -193,7 +193,7 @@ class TestBench:
             assert m["images_per_second"] == pytest.approx(m["batch_size"] / m["median"])
         table = run_cli("bench", digits_bundle, "--plan", "gtr-fast", "--repeat", 1)
         assert "images/s" in table.stdout
-        assert "diffusion head" in table.stdout
+        assert "backbone" in table.stdout
 
     @pytest.mark.parametrize("size", ["0", "a", "1,,2", "-1"])
     def test_bad_batch_size(self, run_cli: Cli, digits_bundle: Path, size: str) -> None:
