@@ -24,16 +24,12 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class Networks:
-    """The modules of one model; any of them can be missing where it is not needed."""
+    """The four modules of one model, one per graph."""
 
     backbone: nn.Module
     diffusion_step: nn.Module
     detail_score: nn.Module
     decoder: nn.Module
-
-    def graph(self, kind: str) -> nn.Module:
-        """The module of a graph kind."""
-        return getattr(self, kind)
 
 
 def build_graph_module(

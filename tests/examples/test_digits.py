@@ -40,7 +40,7 @@ def test_the_shipped_model_makes_the_asked_digits(digits_pipeline: Pipeline) -> 
     assert judge.train_judge().accuracy(images, labels) >= 0.95
 
 
-def test_without_guidance_or_the_right_class_it_would_be_noticed(digits_pipeline: Pipeline) -> None:
+def test_a_sampler_that_ignored_the_class_would_be_noticed(digits_pipeline: Pipeline) -> None:
     labels = np.arange(30) % 10
     images = digits_pipeline.generate(labels.tolist(), plan="gtr-fast", batch_size=30).images
     assert judge.train_judge().accuracy(images, (labels + 3) % 10) <= 0.2
@@ -77,8 +77,8 @@ def test_masking_follows_the_paper() -> None:
     counts = np.array([train_script.masked_count(64, rng) for _ in range(2000)])
     assert counts.min() >= 45  # ceil(0.7 * 64)
     assert counts.max() == 64
-    # The mean of a normal (1, 0.25) cut to [0.7, 1] is 0.862.
-    assert abs(counts.mean() / 64 - 0.870) < 0.01
+    # The mean of a normal (1, 0.25) cut to [0.7, 1] is 0.867; rounding up adds half a token.
+    assert abs(counts.mean() / 64 - (0.867 + 0.5 / 64)) < 0.006
 
 
 def test_the_diffusion_loss_falls_when_the_head_learns() -> None:
