@@ -123,6 +123,8 @@ def masked_count(tokens: int, rng: np.random.Generator) -> int:
 @click.option("--seed", default=0, show_default=True)
 def train(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
     """Trains mar-digits and writes its EMA weights."""
+    # Without this, threads add the gradients of a token that was drawn twice in any order.
+    torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)

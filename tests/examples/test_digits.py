@@ -100,13 +100,15 @@ def test_the_diffusion_loss_falls_when_the_head_learns() -> None:
 
 
 def test_training_is_seeded_and_writes_a_loadable_checkpoint(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    for name in ("a", "b"):
-        arguments = ["--out", str(tmp_path / f"{name}.safetensors"), "--steps", "2", "--batch-size", "4"]
-        result = CliRunner().invoke(train_script.train, arguments)
-        assert result.exit_code == 0, result.output
-    assert torch.get_num_threads() == threads
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    try:
+        for name in ("a", "b"):
+            arguments = ["--out", str(tmp_path / f"{name}.safetensors"), "--steps", "2", "--batch-size", "4"]
+            result = CliRunner().invoke(train_script.train, arguments)
+            assert result.exit_code == 0, result.output
+    finally:
+        torch.use_deterministic_algorithms(False)
     weights, _ = load_mar(tmp_path / "a.safetensors", DIGITS)
+    again, _ = load_mar(tmp_path / "b.safetensors", DIGITS)
+    assert all(torch.equal(value, again[key]) for key, value in weights.items())  # the header's order may differ
     shipped, _ = load_mar(MODELS["mar-digits"].shipped, DIGITS)  # type: ignore[arg-type]
     assert weights.keys() == shipped.keys()
