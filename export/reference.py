@@ -65,11 +65,6 @@ def _loaded(build, weights: Mapping[str, Tensor]):
     with torch.device("meta"):
         module = build()
     module.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True, strict=True)
-    with torch.device("cpu"):
-        fresh = dict(build().named_buffers()) if any(True for _ in module.buffers()) else {}
-    for name, value in fresh.items():
-        owner = module.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], value)
     return module
 
 

@@ -26,7 +26,8 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
         half = FREQUENCIES // 2
-        rates = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
+        # On the CPU even where the module is built on meta: no checkpoint holds this table.
+        rates = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
         self.register_buffer("rates", rates, persistent=False)
         self.rates: Tensor
 
