@@ -45,6 +45,9 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[cpu,export]'
 	touch $@
 
+# TensorRT's bindings without TensorRT, of both versions served: tests/export/test_tensorrt_api.py reads their names.
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[cpu,export,examples,test]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/bindings/11 'tensorrt-cu13-bindings==11.4.0.106'
+	$(PIP) --no-deps --upgrade --target $(VENV)/bindings/10 'tensorrt-cu13-bindings==10.16.1.11'
 	touch $@ $(VENV)/.demo

@@ -30,7 +30,8 @@ STAGES = "stages.json"
 FLOAT32_PARTS = ["layernorm", "groupnorm", "softmax", "residual", "latent_projection", "sampler"]
 """What stays float32 in a half-precision bundle; export/models/layers.py makes it so."""
 
-_WEIGHTS_OF = {"backbone": "checkpoint", "diffusion_step": "checkpoint", "detail_score": None, "decoder": "vae"}
+#: Which weights a graph holds; the others have none.
+_WEIGHTS_OF = {"backbone": "checkpoint", "diffusion_step": "checkpoint", "decoder": "vae"}
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             finished[kind] = {key: stored[key] for key in ("key", "model", "data")}
             write_json(partial / STAGES, {**_without_folder(previous, finished, partial), **finished})
         manifest = _manifest(request, entry, weights, specs, finished)
+        manifest["engines"] = _kept_engines(old, manifest, partial)
         result.bytes = sum(
             part["bytes"] for stage in finished.values() for part in (stage["model"], stage["data"]) if part
         )
@@ -149,7 +151,7 @@ def default_out(model: str, precision: str, random_weights: bool) -> Path:
 
 
 def _stage_key(spec: GraphSpec, request: BuildRequest, entry: ModelEntry, weights: Weights) -> str:
-    source = _WEIGHTS_OF[spec.kind]
+    source = _WEIGHTS_OF.get(spec.kind)
     depends = {
         "kind": spec.kind,
         "model": entry.architecture.to_json(),
@@ -203,8 +205,8 @@ def _export(
     path.parent.mkdir(exist_ok=True)
     for stale in (path, path.with_name(path.name + ".data")):
         stale.unlink(missing_ok=True)
-    checkpoint = weights.checkpoint() if _WEIGHTS_OF[spec.kind] == "checkpoint" else {}
-    vae = weights.vae() if _WEIGHTS_OF[spec.kind] == "vae" else {}
+    checkpoint = weights.checkpoint() if _WEIGHTS_OF.get(spec.kind) == "checkpoint" else {}
+    vae = weights.vae() if _WEIGHTS_OF.get(spec.kind) == "vae" else {}
     module = build_graph_module(spec.kind, entry.architecture, checkpoint, vae, request.precision)
     export_graph(module, spec, request.precision, path)
     data = relative + ".data"
@@ -315,6 +317,27 @@ def _finished_stages(partial: Path, old: Bundle | None) -> dict[str, Any]:
 
 def _stored(files: GraphFiles) -> dict[str, Any]:
     return {"model": files.model.to_json(), "data": files.data.to_json() if files.data else None}
+
+
+def _kept_engines(old: Bundle | None, manifest: Mapping[str, Any], partial: Path) -> list[dict[str, Any]]:
+    """Brings over the old bundle's engines that were built from the very graphs of the new one; for the manifest."""
+    shutil.rmtree(partial / "engines", ignore_errors=True)  # what an interrupted build has brought over
+    kept = []
+    for engines in old.engine_sets if old is not None else ():
+        graphs = {kind: manifest["graphs"][kind] for kind in engines.graphs}
+        same = engines.precision == manifest["precision"]["name"] and all(
+            (graph.onnx, graph.data)
+            == (graphs[kind]["model"]["sha256"], graphs[kind]["data"] and graphs[kind]["data"]["sha256"])
+            for kind, graph in engines.graphs.items()
+        )
+        files = {kind: {"model": graph.engine.to_json(), "data": None} for kind, graph in engines.graphs.items()}
+        assert old is not None
+        if same and all(_adopt({**stage, "folder": old.folder}, partial) for stage in files.values()):
+            kept.append(engines.to_json())
+            settings = Path("engines") / engines.key / "build.json"  # lets the next engine build find them unchanged
+            if (old.folder / settings).is_file():
+                shutil.copy2(old.folder / settings, partial / settings)
+    return kept
 
 
 def _without_folder(previous: Mapping[str, Any], finished: Mapping[str, Any], partial: Path) -> dict[str, Any]:

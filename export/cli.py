@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..runtime.console import CommandGroup, Reporter, print_json, print_table
-from ..runtime.errors import BundleError
+from ..runtime.engines import FLAVOURS
+from ..runtime.errors import BundleError, GtrError
 from ..runtime.graphs import PRECISIONS
+from .engine_options import engine_options
 
 _PATH = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
@@ -29,7 +32,15 @@ def main() -> None:
 @_checkpoint_option
 @_vae_option
 @click.option("--random-weights", is_flag=True, help="Untrained weights: everything but the pictures is real.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Default: fp32, or fp16 where engines are built.")
+@click.option(
+    "--engine",
+    type=click.Choice(("auto", "onnxruntime", *FLAVOURS)),
+    default="auto",
+    show_default=True,
+    help="Library that will run the graphs; auto is TensorRT where there is a GPU for it, else ONNX Runtime.",
+)
+@engine_options
 @click.option("--max-batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Largest batch promised.")
 @click.option("--out", type=_PATH, help="Bundle folder (default: bundles/MODEL-PRECISION).")
 @click.option("--force", is_flag=True, help="Rebuild everything, and replace a bundle of another model or precision.")
@@ -39,21 +50,31 @@ def build(
     checkpoint: Path | None,
     vae: Path | None,
     random_weights: bool,
-    precision: str,
+    precision: str | None,
+    engine: str,
     max_batch: int,
     out: Path | None,
     force: bool,
     as_json: bool,
+    choices: dict[str, Any],
 ) -> None:
-    """Build a bundle of ONNX graphs from a checkpoint.
+    """Build a bundle of ONNX graphs, and engines where there is a GPU for them, from a checkpoint.
 
     Without --checkpoint the weights are looked for in the cache folder and in the original project's folders, then
     downloaded.
     """
     from ..runtime.benchmark import peak_memory
+    from ..runtime.machine import examine_machine
     from .build import BuildRequest, default_out
     from .build import build as run_build
+    from .engine_options import after_engines, choose_for_build, engines_json
+    from .engine_target import NeedsGpuError
+    from .engines import EngineRequest, build_engines, check_request
 
+    reporter, machine = Reporter(quiet=as_json), examine_machine()
+    flavour, precision, chosen = choose_for_build(engine, precision, choices, machine)
+    if chosen:
+        reporter.say(chosen)
     request = BuildRequest(
         model=model,
         out=out or default_out(model, precision, random_weights),
@@ -64,17 +85,30 @@ def build(
         max_batch=max_batch,
         force=force,
     )
+    entry, engines, later = request.entry(), None, None
+    wanted = EngineRequest(request.out, flavour, force=force, **choices) if flavour in FLAVOURS else None
+    if wanted is not None:  # what is wrong with the engine options shows before the long part, not after it
+        try:
+            check_request(wanted, machine, entry.architecture, entry.plan_defaults)
+        except NeedsGpuError as error:
+            later = error
     start = time.monotonic()
-    result = run_build(request, Reporter(quiet=as_json))
+    result = run_build(request, reporter)
+    if later is not None:
+        raise GtrError(f"{result.bundle} is complete but for its engines: {later}")
+    if wanted is not None:
+        engines = build_engines(wanted, reporter, machine)
     seconds = time.monotonic() - start
-    following = f"gtr-export verify {result.bundle}"
+    following = after_engines(engines, machine) if engines else f"gtr-export verify {result.bundle}"
     if as_json:
         print_json(
             {
                 "bundle": str(result.bundle),
                 "model": model,
                 "precision": precision,
+                "engine": flavour,
                 "stages": result.stages,
+                "engines": engines_json(engines) if engines else None,
                 "bytes": result.bytes,
                 "seconds": seconds,
                 "peak_memory": peak_memory(),
@@ -83,10 +117,39 @@ def build(
         )
         return
     size, peak = result.bytes / 1e6, peak_memory() / 2**30
-    if result.unchanged:
-        click.echo(f"{result.bundle} is up to date ({size:.1f} MB, {seconds:.1f} s); next: {following}")
+    held = f" and {engines.engines.bytes / 1e6:.1f} MB of engines" if engines else ""
+    if result.unchanged and not (engines and engines.built):
+        click.echo(f"{result.bundle} is up to date ({size:.1f} MB{held}, {seconds:.1f} s); next: {following}")
     else:
-        click.echo(f"{result.bundle}: {size:.1f} MB in {seconds:.0f} s, peak memory {peak:.1f} GiB; next: {following}")
+        amount = f"{size:.1f} MB{held} in {seconds:.0f} s, peak memory {peak:.1f} GiB"
+        click.echo(f"{result.bundle}: {amount}; next: {following}")
+
+
+@main.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--engine", type=click.Choice(tuple(FLAVOURS)), required=True, help="Library that will run the engines.")
+@click.option("--max-batch", type=click.IntRange(1, 4096), help="Largest batch covered (default: the bundle's).")
+@engine_options
+@click.option("--force", is_flag=True, help="Build engines that are already there, too.")
+@_json_option
+def engine(
+    bundle: Path, engine: str, max_batch: int | None, force: bool, as_json: bool, choices: dict[str, Any]
+) -> None:
+    """Build TensorRT or TensorRT-RTX engines of a bundle. Needs neither PyTorch nor onnx.
+
+    TensorRT needs the GPU that will run the engines. TensorRT-RTX builds ahead of time for GPUs that are not here.
+    """
+    from ..runtime.machine import examine_machine
+    from .engine_options import after_engines, engines_json, last_line
+    from .engines import EngineRequest, build_engines
+
+    machine = examine_machine()
+    request = EngineRequest(bundle, engine, max_batch=max_batch, force=force, **choices)
+    result = build_engines(request, Reporter(quiet=as_json), machine)
+    if as_json:
+        print_json({"bundle": str(bundle), **engines_json(result), "next": after_engines(result, machine)})
+    else:
+        click.echo(last_line(result, machine))
 
 
 @main.command()
@@ -97,6 +160,13 @@ def build(
     "--plans", help="Presets to compare whole generations for, separated by commas (default: all affordable)."
 )
 @click.option("--images", type=click.IntRange(1, 64), default=2, show_default=True, help="Images per preset.")
+@click.option(
+    "--backend",
+    type=click.Choice(("onnxruntime", "tensorrt", "tensorrt-rtx")),
+    default="onnxruntime",
+    show_default=True,
+    help="What is checked: the graphs on the CPU, or engines on the GPU.",
+)
 @_json_option
 @click.pass_context
 def verify(
@@ -106,13 +176,14 @@ def verify(
     vae: Path | None,
     plans: str | None,
     images: int,
+    backend: str,
     as_json: bool,
 ) -> None:
     """Check a bundle rung by rung: loads, finite, graphs equal to PyTorch, images equal to PyTorch."""
     from .verify import verify as run_verify
 
     names = [name.strip() for name in plans.split(",")] if plans is not None else None
-    report = run_verify(bundle, Reporter(quiet=as_json), checkpoint, vae, names, images)
+    report = run_verify(bundle, Reporter(quiet=as_json), checkpoint, vae, names, images, backend)
     if as_json:
         print_json(report.to_json())
     else:
@@ -129,7 +200,7 @@ def verify(
         ]
         title = f"{report.model}, {report.precision}, evaluated with {report.evaluated_with}"
         print_table(["rung", "what", "status", "error", "limit", "note"], rows, title=title)
-        click.echo(f"rung reached: {report.reached}; written to {bundle / 'reports' / 'parity.json'}")
+        click.echo(f"rung reached: {report.reached}; written to {bundle / 'reports' / report.file}")
     if report.failed:
         context.exit(1)
 
@@ -140,6 +211,7 @@ def verify(
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what a bundle holds, from its manifest alone."""
     from ..runtime.bundle import Bundle
+    from .engine_options import engine_rows
 
     opened = Bundle.load(bundle)
     if as_json:
@@ -171,6 +243,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
         )
         rows.append([kind, str(files.opset), f"{files.bytes / 2**20:.1f}", signature])
     print_table(["graph", "opset", "MiB", "inputs -> outputs"], rows)
+    if opened.engine_sets:
+        print_table(["engines", "precision", "plans", "batch", "MB"], engine_rows(opened.engine_sets))
 
 
 def _evidence(opened) -> str:

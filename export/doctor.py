@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..runtime.doctor import Finding
 from .download import cache_dir
 from .zoo import MODELS, ModelEntry, WeightSource
 
@@ -21,15 +21,6 @@ _PACKAGES = (
     ("safetensors", "reading .safetensors", "pip install 'gtr-deploy[export]'"),
     ("onnxruntime", "running bundles on the CPU, gtr-export verify", "pip install 'gtr-deploy[cpu]'"),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's table: ``status`` is ``ok``, ``missing`` or ``info``."""
-
-    subject: str
-    status: str
-    detail: str
 
 
 def examine() -> list[Finding]:

@@ -21,7 +21,7 @@ from ..runtime.graphs import OPSETS, GraphSpec, TensorSpec
 from .models.layers import transpose_for_export
 
 #: Example sizes to trace with: all different and at least 2, so that no axis is specialised or taken for another.
-TRACE_SIZES = {"G": 2, "B": 3, "V": 7, "P": 5, "R": 11, "N": 13}
+TRACE_SIZES = {"G": 2, "B": 3, "V": 7, "P": 5, "R": 11, "N": 13, "K": 4, "S": 6, "M": 9}
 
 EXTERNAL_DATA_BYTES = 64 * 2**20
 """Weights above this size go into one ``.data`` file beside the graph."""

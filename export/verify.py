@@ -22,22 +22,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.architecture import Architecture
-from ..runtime.backends.base import Backend, Floats
+from ..runtime.backends.base import Backend, DeviceBackend, Floats
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ..runtime.backends.tensorrt import TensorRTBackend
 from ..runtime.bundle import Bundle
 from ..runtime.console import Reporter
-from ..runtime.diffusion import reverse_process
+from ..runtime.engines import FLAVOURS, EngineSet, choose_engines
 from ..runtime.errors import BackendError, BundleError, GtrError
 from ..runtime.graphs import IMAGE_TOLERANCES, GraphSpec, graph_specs
+from ..runtime.machine import examine_machine
 from ..runtime.noise import SeededNoise
 from ..runtime.plan import PRESETS, preset, resolve
 from ..runtime.sampler import sample
+from .graph_inputs import covered_presets, covered_specs, graph_inputs
 from .sources import Weights, weights_of_bundle
 
 RUNGS = ("loads", "finite", "graphs", "images")
 SIZES = ("smallest", "usual", "largest")
 CPU_BUDGET = 20e12
 """FLOPs per preset and backend up to which whole generations are compared without being asked for by name."""
+
+
+GraphRunner = OnnxRuntimeBackend | TensorRTBackend
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,13 @@ class Report:
     model: str
     precision: str
     evaluated_with: str
+    engine: str = "onnxruntime"
     checks: list[Check] = field(default_factory=list)
+
+    @property
+    def file(self) -> str:
+        """Its name in the bundle's reports."""
+        return "parity.json" if self.engine == "onnxruntime" else f"parity-{self.engine}.json"
 
     @property
     def failed(self) -> bool:
@@ -107,11 +119,13 @@ def verify(
     vae: Path | None = None,
     plans: Sequence[str] | None = None,
     images: int = 2,
+    engine: str = "onnxruntime",
 ) -> Report:
-    """Climbs the rungs and writes ``reports/parity.json`` into the bundle.
+    """Climbs the rungs and writes ``reports/parity.json``, or ``parity-<engine>.json``, into the bundle.
 
     Args:
         folder: the bundle.
+        engine: what to check: ``onnxruntime`` on the CPU, or the bundle's engines of a flavour, on the GPU.
         checkpoint, vae: the files it was built from, where they have moved.
         plans: presets to compare whole generations for; by default all that are within ``CPU_BUDGET``.
         images: images per preset.
@@ -119,30 +133,37 @@ def verify(
     Raises:
         BundleError: the folder is no bundle (anything past that is a failed check).
         GtrError: a named weight file is not the bundle's.
+        BackendError: none of the bundle's engines can run here.
     """
     bundle = Bundle.load(folder)
+    engines = choose_engines(bundle, examine_machine(), engine) if engine in FLAVOURS else None
     for name in plans or ():
         preset(name, bundle.architecture, bundle.plan_defaults)
     weights, why_not = weights_of_bundle(bundle, checkpoint, vae, reporter)
     if weights is not None and importlib.util.find_spec("torch") is None:
         weights, why_not = None, "torch is not installed; pip install 'gtr-deploy[export]'"
-    emulated = bundle.precision == "bf16"
+    emulated = bundle.precision == "bf16" and engines is None
+    with_what = engines.key if engines else "onnxruntime cpu"
     report = Report(
         bundle.architecture.name,
         bundle.precision,
-        "onnxruntime cpu" + (", bfloat16 products through float32 casts" if emulated else ""),
+        with_what + (", bfloat16 products through float32 casts" if emulated else ""),
+        engine,
     )
     with tempfile.TemporaryDirectory() as scratch:
-        backend = _loads(bundle, report, reporter, Path(scratch))
+        backend = _loads(bundle, engines, report, reporter, Path(scratch))
         if backend is not None:
             specs = graph_specs(bundle.architecture, bundle.max_batch)
+            if engines is not None:
+                specs = covered_specs(specs, bundle, engines)
+                plans = plans or covered_presets(bundle, engines)
             _finite(backend, specs, bundle.architecture, report, reporter)
             if weights is not None and not report.failed:
                 _graphs(backend, specs, bundle, weights, report, reporter)
             if weights is not None and not report.failed:
                 _images(backend, bundle, weights, report, reporter, plans, images)
         _skip_the_rest(report, why_not)
-    bundle.write_report("parity", report.to_json())
+    bundle.write_report(report.file.removesuffix(".json"), report.to_json())
     return report
 
 
@@ -164,35 +185,13 @@ def relative_error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     return float(difference / norm)
 
 
-def graph_inputs(
-    spec: GraphSpec, architecture: Architecture, sizes: Mapping[str, int], seed: int = 0
-) -> dict[str, Any]:
-    """Inputs as a generation would give them: positions that partition the grid, coefficients of a real respacing."""
-    rng = np.random.default_rng(seed)
-    order = np.stack([rng.permutation(architecture.tokens) for _ in range(sizes.get("B", 1))])
-    known, predicted = sizes.get("V", 0), sizes.get("P", 0)
-    process = reverse_process(25, 950)
-    steps = rng.integers(0, process.steps, sizes.get("N", 1))
-    special = {
-        "visible": order[:, :known],
-        "predict": order[:, known : known + predicted],
-        "context": order[:, known + predicted : known + predicted + sizes.get("R", 0)],
-        "labels": rng.integers(0, architecture.classes + 1, (sizes.get("G", 1), sizes.get("B", 1))),
-        "timestep": process.timesteps[steps],
-        "coefficients": process.coefficients[steps],
-        "guidance": rng.uniform(1.0, 3.0, sizes.get("N", 1)).astype(np.float32),
-    }
-    return {
-        t.name: np.ascontiguousarray(special[t.name])
-        if t.name in special
-        else rng.standard_normal(t.shape(sizes)).astype(np.float32)
-        for t in spec.inputs
-    }
-
-
-def _loads(bundle: Bundle, report: Report, reporter: Reporter, scratch: Path) -> OnnxRuntimeBackend | None:
+def _loads(
+    bundle: Bundle, engines: EngineSet | None, report: Report, reporter: Reporter, scratch: Path
+) -> GraphRunner | None:
     try:
         with reporter.stage("checksums and loading"):
+            if engines is not None:
+                return _engines_load(bundle, engines, report)
             paths = bundle.graph_paths()
             if bundle.precision == "bf16":
                 from .bfloat16 import widen
@@ -213,12 +212,21 @@ def _loads(bundle: Bundle, report: Report, reporter: Reporter, scratch: Path) ->
     return backend
 
 
+def _engines_load(bundle: Bundle, engines: EngineSet, report: Report) -> GraphRunner:
+    backend = TensorRTBackend(bundle, engines)
+    report.checks += [
+        Check("loads", kind, "ok", note=f"{len(graph.profiles)} profiles, {graph.engine.bytes / 2**20:.1f} MiB")
+        for kind, graph in engines.graphs.items()
+    ]
+    return backend
+
+
 def _shapes(spec: GraphSpec) -> list[tuple[str, Mapping[str, int]]]:
     return [(name, getattr(spec, name)) for name in SIZES]
 
 
 def _finite(
-    backend: OnnxRuntimeBackend,
+    backend: GraphRunner,
     specs: Mapping[str, GraphSpec],
     architecture: Architecture,
     report: Report,
@@ -231,7 +239,7 @@ def _finite(
 
 
 def _finite_at(
-    backend: OnnxRuntimeBackend, spec: GraphSpec, architecture: Architecture, name: str, sizes: Mapping[str, int]
+    backend: GraphRunner, spec: GraphSpec, architecture: Architecture, name: str, sizes: Mapping[str, int]
 ) -> Check:
     subject = f"{spec.kind}, {name}"
     shape = " ".join(f"{letter}={sizes[letter]}" for letter in spec.symbols)
@@ -250,7 +258,7 @@ def _finite_at(
 
 
 def _graphs(
-    backend: OnnxRuntimeBackend,
+    backend: GraphRunner,
     specs: Mapping[str, GraphSpec],
     bundle: Bundle,
     weights: Weights,
@@ -295,7 +303,7 @@ def _largest_error(found: Sequence[NDArray[Any]], wanted: Sequence[NDArray[Any]]
 
 
 def _images(
-    backend: Backend,
+    backend: Backend | DeviceBackend,
     bundle: Bundle,
     weights: Weights,
     report: Report,
@@ -314,11 +322,12 @@ def _images(
             chosen.append(name)
     if not chosen:
         return
-    from .reference import TorchBackend, build_networks
+    from .reference import build_networks
+    from .torch_backend import TorchBackend
 
     made: dict[tuple[str, str], Floats | GtrError] = {}
     for precision in dict.fromkeys(["bundle", bundle.precision, "fp32"]):
-        runner: Backend = backend
+        runner: Backend | DeviceBackend = backend
         if precision != "bundle":
             runner = TorchBackend(build_networks(architecture, weights.checkpoint(), weights.vae(), precision))
         for name in chosen:
@@ -332,7 +341,7 @@ def _images(
             report.checks.append(_compared(name, precision, made["bundle", name], made[precision, name], limit))
 
 
-def _generated(backend: Backend, name: str, bundle: Bundle, images: int) -> Floats | GtrError:
+def _generated(backend: Backend | DeviceBackend, name: str, bundle: Bundle, images: int) -> Floats | GtrError:
     architecture = bundle.architecture
     plan = resolve(preset(name, architecture, bundle.plan_defaults), architecture)
     labels = [index % architecture.classes for index in range(images)]

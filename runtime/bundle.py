@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import Architecture
+from .engines import EngineSet
 from .errors import BundleError
 from .files import inside, read_json, sha256, write_json
 from .graphs import PRECISIONS, graph_specs
@@ -108,6 +109,7 @@ class Bundle:
     graphs: Mapping[str, GraphFiles]
     plan_defaults: Mapping[str, Any]
     max_batch: int
+    engine_sets: tuple[EngineSet, ...]
     manifest: Mapping[str, Any]
 
     @classmethod
@@ -143,7 +145,12 @@ class Bundle:
         if manifest["max_batch"] < 1:
             raise BundleError(f"{path}: max_batch {manifest['max_batch']} is not at least 1")
         graphs = _graphs(path, manifest["graphs"], architecture)
-        return cls(folder, architecture, precision, graphs, manifest["plan_defaults"], manifest["max_batch"], manifest)
+        engines = tuple(
+            EngineSet.from_json(entry, f"{path}: engines[{index}]", graphs)
+            for index, entry in enumerate(manifest["engines"])
+        )
+        defaults, batch = manifest["plan_defaults"], manifest["max_batch"]
+        return cls(folder, architecture, precision, graphs, defaults, batch, engines, manifest)
 
     def graph_paths(self, checksums: bool = True) -> dict[str, Path]:
         """Graph kind to checked ONNX file.
@@ -157,6 +164,20 @@ class Bundle:
             if files.data is not None:
                 files.data.check(self.folder, checksums)
         return paths
+
+    def engine_paths(self, engines: EngineSet, checksums: bool = True) -> dict[str, Path]:
+        """Graph kind to checked engine file.
+
+        Raises:
+            BundleError: see :meth:`StoredFile.check`.
+        """
+        return {kind: graph.engine.check(self.folder, checksums) for kind, graph in engines.graphs.items()}
+
+    def with_engines(self, engines: EngineSet) -> Bundle:
+        """Writes the manifest with these engines listed last, in place of older ones with the same key."""
+        kept = [entry.to_json() for entry in self.engine_sets if entry.key != engines.key]
+        write_json(self.folder / MANIFEST, {**self.manifest, "engines": [*kept, engines.to_json()]})
+        return Bundle.load(self.folder)
 
     def write_report(self, name: str, value: Mapping[str, Any]) -> Path:
         """Writes ``reports/<name>.json`` and lists it in the manifest, both atomically."""

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
+from .backend_options import backend_options, load_pipeline
 from .console import CommandGroup, Reporter, print_json, print_table
+from .doctor import doctor
 from .errors import UsageError
 from .plan import SamplingPlan, preset, resolve
 from .plan_options import chosen_plan, plan_options
 
 if TYPE_CHECKING:
+    from .backends import BackendOptions
     from .sampler import StepResult
 
 _BUNDLE = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-_threads_option = click.option("--threads", type=click.IntRange(1, 1024), help="Threads of one engine call.")
 
 
 @click.group(cls=CommandGroup, name="gtr-run", context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,7 +42,7 @@ def main() -> None:
 @click.option("--grid", type=click.Path(path_type=Path, dir_okay=False), help="PNG: a labelled contact sheet.")
 @click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="GIF: the grid filling in.")
 @click.option("--save-latents", type=click.Path(path_type=Path, dir_okay=False), help="NPZ: latents, labels, seeds.")
-@_threads_option
+@backend_options
 @_json_option
 def generate(
     bundle: Path,
@@ -54,7 +56,7 @@ def generate(
     grid: Path | None,
     trace: Path | None,
     save_latents: Path | None,
-    threads: int | None,
+    engine: BackendOptions,
     as_json: bool,
 ) -> None:
     """Generate images and write them as PNGs that carry their own settings."""
@@ -71,7 +73,6 @@ def generate(
     from .files import atomic_path
     from .images import TraceRecorder, contact_sheet, save_png
     from .labels import class_name, parse_classes
-    from .pipeline import Pipeline
 
     opened = Bundle.load(bundle)
     architecture = opened.architecture
@@ -82,8 +83,7 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
 
     reporter = Reporter(quiet=as_json)
-    with reporter.stage(f"load {bundle}"):
-        pipeline = Pipeline.load(opened, threads=threads)
+    pipeline = load_pipeline(opened, engine, reporter)
     size = batch_size or min(len(labels), opened.max_batch)
     recorder = TraceRecorder(architecture, resolved) if trace else None
     start = time.perf_counter()
@@ -91,14 +91,23 @@ def generate(
     with reporter.bar(f"generate {len(labels)} images, plan {plan}", batches * len(resolved.steps), "AR steps") as bar:
 
         def observer(first: int):
+            record = recorder if first == 0 else None
+            if pipeline.runs_whole_generations and record is None:
+                return None  # watching would cost time
+
             def seen(result: StepResult) -> None:
-                if recorder is not None and first == 0:
-                    recorder(result)
+                if record is not None:
+                    record(result)
                 bar.advance()
 
             return seen
 
-        result = pipeline.generate(labels, seeds=seeds, plan=resolved, batch_size=size, observer=observer)
+        def finished(images: int) -> None:
+            bar.to(-(-images // size) * len(resolved.steps))
+
+        result = pipeline.generate(
+            labels, seeds=seeds, plan=resolved, batch_size=size, observer=observer, finished=finished
+        )
     seconds = time.perf_counter() - start
 
     names = [class_name(label, architecture.label_names) for label in labels]
@@ -134,6 +143,7 @@ def generate(
                 "model": architecture.name,
                 "precision": opened.precision,
                 "backend": pipeline.backend.name,
+                "backend_why": pipeline.backend_why,
                 "plan": resolved.settings.to_json(),
                 "seconds": seconds,
                 "images": records,
@@ -235,7 +245,7 @@ def _model_of(bundle: str) -> tuple[Architecture, Mapping[str, Any]]:
 @plan_options(multiple=True)
 @click.option("--batch-size", default="1", show_default=True, help="Batch sizes, separated by commas.")
 @click.option("--repeat", type=click.IntRange(1, 1000), default=5, show_default=True)
-@_threads_option
+@backend_options
 @_json_option
 def bench(
     bundle: Path,
@@ -243,13 +253,12 @@ def bench(
     overrides: Mapping[str, Any],
     batch_size: str,
     repeat: int,
-    threads: int | None,
+    engine: BackendOptions,
     as_json: bool,
 ) -> None:
     """Time whole generations: warm-up, then the median of --repeat runs, and where the time goes."""
     from .benchmark import PARTS, measure
     from .bundle import Bundle
-    from .pipeline import Pipeline
 
     try:
         sizes = [int(part) for part in batch_size.split(",")]
@@ -262,8 +271,7 @@ def bench(
         chosen_plan(name.strip(), overrides, opened.architecture, opened.plan_defaults) for name in plan.split(",")
     ]
     reporter = Reporter(quiet=as_json)
-    with reporter.stage(f"load {bundle}"):
-        pipeline = Pipeline.load(opened, threads=threads)
+    pipeline = load_pipeline(opened, engine, reporter)
     measurements = []
     for resolved in plans:
         for size in sizes:
@@ -275,6 +283,7 @@ def bench(
                 "model": opened.architecture.name,
                 "precision": opened.precision,
                 "backend": pipeline.backend.name,
+                "backend_why": pipeline.backend_why,
                 "measurements": [measurement.to_json() for measurement in measurements],
             }
         )
@@ -297,6 +306,8 @@ def bench(
     columns = ["plan", "batch", "median s", "p5 s", "p95 s", "images/s", "peak MiB", *PARTS]
     print_table(columns, rows, title=f"{opened.architecture.name}, {opened.precision}, {pipeline.backend.name}")
 
+
+main.add_command(doctor)
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -144,6 +144,49 @@ class Reporter:
                     self.say(f"{name}: {done}/{total} {unit} ({time.monotonic() - start:.0f} s)")
 
             yield Progressed(line)
+
+    @contextmanager
+    def phases(self, name: str) -> Iterator[Phases]:
+        """Nested phases of one piece of work, with elapsed times; elsewhere than on a terminal the outermost only."""
+        if not self._live:
+            yield Phases(lambda phase: self.say(f"{name}: {phase} ..."))
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            progress.add_task(name, total=None)
+            yield Phases(None, progress)
+
+
+class Phases:
+    """Handle of running phases; may be called from any thread."""
+
+    def __init__(self, say: Callable[[str], None] | None, progress: Any = None) -> None:
+        self._say, self._progress = say, progress
+        self._open: dict[str, tuple[int, Any]] = {}
+
+    def start(self, name: str, parent: str | None = None, steps: int = 0) -> None:
+        """A phase inside ``parent`` begins; 0 steps where their number is unknown."""
+        depth = self._open[parent][0] + 1 if parent in self._open else 1
+        task = None
+        if self._progress is not None:
+            task = self._progress.add_task("  " * depth + name, total=steps or None)
+        elif depth == 1 and self._say is not None:
+            self._say(name)
+        self._open[name] = (depth, task)
+
+    def step(self, name: str, done: int) -> None:
+        """``done`` steps of a phase are done."""
+        if self._progress is not None and name in self._open:
+            self._progress.update(self._open[name][1], completed=done)
+
+    def finish(self, name: str) -> None:
+        """A phase ends."""
+        _, task = self._open.pop(name, (0, None))
+        if task is not None:
+            self._progress.remove_task(task)
 
 
 class Progressed:

@@ -4,7 +4,8 @@ Export, verification, bundles, engine profiles and backends all read these. An a
 model, and a letter where it is symbolic:
 
     B images, G guidance branches (2 with guidance, else 1), V known tokens, P tokens to predict, R other unknown
-    tokens, N rows of the diffusion head. V and R may be 0, all others are at least 1.
+    tokens, N rows of the diffusion head, K tokens per image with the longer chain, M = B K of them in all, S reverse
+    steps. V and R may be 0, all others are at least 1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .diffusion import COEFFICIENTS
 
 Axis = int | str
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22}
 """ONNX opset of each precision's graphs; bfloat16 kernels and types are complete from 22 on."""
@@ -46,7 +47,7 @@ class GraphSpec:
     """One kind of graph.
 
     Attributes:
-        kind: ``backbone``, ``diffusion_step``, ``detail_score`` or ``decoder``; also the file's stem.
+        kind: one of ``NETWORKS`` or ``ROW_GRAPHS``; also the file's stem.
         tolerances: largest relative error (norm of the difference over norm) against the torch reference of the *same*
             precision that counts as parity.
         against_fp32: the same against the fp32 reference: what the precision itself may cost.
@@ -77,6 +78,13 @@ class GraphSpec:
         }
 
 
+NETWORKS = ("backbone", "diffusion_step", "detail_score", "decoder")
+"""What every backend runs."""
+
+ROW_GRAPHS = ("select_rows", "gather_rows", "merge_rows")
+"""Selection and row bookkeeping of the reconstruction stage, for backends that keep whole generations on a device;
+others do the same in NumPy (selection.py, sampler.py)."""
+
 IMAGE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2}
 """Whole generations: relative error of the latents against the torch reference, of the same precision and of fp32. Half
 precision errors are multiplied along the reverse chains, so that two correct implementations of one half-precision
@@ -84,29 +92,23 @@ network differ about as much as each differs from fp32."""
 
 
 def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, GraphSpec]:
-    """The four graphs of a MAR model, by kind, in the order they run."""
+    """The graphs of a MAR model, by kind: the networks in the order they run, then the row graphs."""
     channels, width, total = architecture.token_channels, architecture.width, architecture.tokens
     height, breadth = architecture.image_size
     rows = max_batch * total
     some = max(1, total // 8)
     known = min(3 * some, total - some)
 
-    def real(name: str, *axes: Axis) -> TensorSpec:
-        return TensorSpec(name, "float32", axes)
-
-    def index(name: str, *axes: Axis) -> TensorSpec:
-        return TensorSpec(name, "int64", axes)
-
     backbone = GraphSpec(
         "backbone",
         (
-            real("tokens", "B", "V", channels),
-            index("visible", "B", "V"),
-            index("predict", "B", "P"),
-            index("context", "B", "R"),
-            index("labels", "G", "B"),
+            _real("tokens", "B", "V", channels),
+            _index("visible", "B", "V"),
+            _index("predict", "B", "P"),
+            _index("context", "B", "R"),
+            _index("labels", "G", "B"),
         ),
-        (real("z", "G", "B", "P", width),),
+        (_real("z", "G", "B", "P", width),),
         tolerances={"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2},
         against_fp32={"fp32": 2e-5, "fp16": 1e-2, "bf16": 8e-2},
         smallest={"G": 1, "B": 1, "V": 0, "P": 1, "R": 0},
@@ -116,14 +118,14 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
     step = GraphSpec(
         "diffusion_step",
         (
-            real("x", "N", channels),
-            real("z", "G", "N", width),
-            index("timestep", "N"),
-            real("coefficients", "N", len(COEFFICIENTS)),
-            real("guidance", "N"),
-            real("noise", "N", channels),
+            _real("x", "N", channels),
+            _real("z", "G", "N", width),
+            _index("timestep", "N"),
+            _real("coefficients", "N", len(COEFFICIENTS)),
+            _real("guidance", "N"),
+            _real("noise", "N", channels),
         ),
-        (real("x_next", "N", channels),),
+        (_real("x_next", "N", channels),),
         tolerances={"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2},
         against_fp32={"fp32": 1e-5, "fp16": 1e-2, "bf16": 8e-2},
         smallest={"G": 1, "N": 1},
@@ -132,8 +134,8 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
     )
     detail = GraphSpec(
         "detail_score",
-        (real("z", "B", "P", width),),
-        (real("score", "B", "P"), real("norm", "B", "P")),
+        (_real("z", "B", "P", width),),
+        (_real("score", "B", "P"), _real("norm", "B", "P")),
         tolerances=dict.fromkeys(PRECISIONS, 1e-5),
         against_fp32=dict.fromkeys(PRECISIONS, 1e-5),
         smallest={"B": 1, "P": 1},
@@ -142,7 +144,7 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
     )
     decoder = GraphSpec(
         "decoder",
-        (real("latents", "B", total, channels),),
+        (_real("latents", "B", total, channels),),
         (TensorSpec("image", "uint8", ("B", height, breadth, 3)),),
         tolerances={"fp32": 4e-3, "fp16": 1e-2, "bf16": 5e-2},
         against_fp32={"fp32": 4e-3, "fp16": 1e-2, "bf16": 5e-2},
@@ -150,4 +152,81 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
         usual={"B": 1},
         largest={"B": max_batch},
     )
-    return {spec.kind: spec for spec in (backbone, step, detail, decoder)}
+    return {spec.kind: spec for spec in (backbone, step, detail, decoder, *_row_graphs(architecture, max_batch))}
+
+
+def _row_graphs(architecture: Architecture, max_batch: int) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
+    """They move numbers and compute none, so their tolerance is 0."""
+    channels, width, last = architecture.token_channels, architecture.width, architecture.tokens // 2
+    table = len(COEFFICIENTS)
+    exact = {"tolerances": dict.fromkeys(PRECISIONS, 0.0), "against_fp32": dict.fromkeys(PRECISIONS, 0.0)}
+    some = max(1, last // 10)
+    rows, longer = max_batch * last, max_batch * some
+    select = GraphSpec(
+        "select_rows",
+        (
+            _real("key", "B", "P"),
+            _real("direction", 1),
+            _index("positions", "B", "P"),
+            _index("row_index", "B", "P"),
+            _index("ranks", "B", "K"),
+        ),
+        (_index("rows", "B", "K"),),
+        **exact,
+        smallest={"B": 1, "P": 1, "K": 1},
+        usual={"B": 2, "P": last, "K": some},
+        largest={"B": max_batch, "P": last, "K": last},
+    )
+    gather = GraphSpec(
+        "gather_rows",
+        (
+            _real("z", "G", "N", width),
+            _real("x", "N", channels),
+            _real("noise", "S", "N", channels),
+            _index("rows", "M"),
+        ),
+        (
+            _real("z_rows", "G", "M", width),
+            _real("x_rows", "M", channels),
+            _real("noise_rows", "S", "M", channels),
+        ),
+        **exact,
+        smallest={"G": 1, "N": 1, "S": 1, "M": 1},
+        usual={"G": 2, "N": last, "S": 30, "M": some},
+        largest={"G": 2, "N": rows, "S": 30, "M": longer},
+    )
+    merge = GraphSpec(
+        "merge_rows",
+        (
+            _real("x", "N", channels),
+            _real("x_rows", "M", channels),
+            _index("rows", "M"),
+            _index("row_index", "N"),
+            _index("slot_index", "M"),
+            _real("noise_short", "S", "N", channels),
+            _real("noise_long", "S", "N", channels),
+            _index("timestep_short", "S"),
+            _index("timestep_long", "S"),
+            _real("coefficients_short", "S", table),
+            _real("coefficients_long", "S", table),
+        ),
+        (
+            _real("x_merged", "N", channels),
+            _real("noise", "S", "N", channels),
+            _index("timestep", "S", "N"),
+            _real("coefficients", "S", "N", table),
+        ),
+        **exact,
+        smallest={"N": 1, "M": 1, "S": 1},
+        usual={"N": last, "M": some, "S": 20},
+        largest={"N": rows, "M": longer, "S": 20},
+    )
+    return select, gather, merge
+
+
+def _real(name: str, *axes: Axis) -> TensorSpec:
+    return TensorSpec(name, "float32", axes)
+
+
+def _index(name: str, *axes: Axis) -> TensorSpec:
+    return TensorSpec(name, "int64", axes)

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .architecture import Architecture
-from .backends.base import Backend, Floats, Integers
+from .backends import BackendOptions, open_backend, resolve_backend
+from .backends.base import Backend, DeviceBackend, Floats, Integers
 from .bundle import Bundle
-from .errors import BackendError, UsageError
+from .errors import UsageError
 from .noise import NoiseSource, SeededNoise, checked_seed
 from .plan import PlanSettings, SamplingPlan, preset, resolve
 from .sampler import Observer, sample
@@ -38,49 +39,71 @@ class Generation:
 
 
 class Pipeline:
-    """A model ready to generate."""
+    """A model ready to generate.
+
+    Attributes:
+        backend_why: why this backend was chosen, one line; None if the caller chose it.
+    """
 
     def __init__(
-        self, architecture: Architecture, backend: Backend, plan_defaults: dict | None = None, max_batch: int = 8
+        self,
+        architecture: Architecture,
+        backend: Backend | DeviceBackend,
+        plan_defaults: dict | None = None,
+        max_batch: int = 8,
+        backend_why: str | None = None,
     ) -> None:
         self.architecture = architecture
         self.backend = backend
         self.plan_defaults = dict(plan_defaults or {})
         self.max_batch = max_batch
+        self.backend_why = backend_why
 
     @classmethod
     def load(
         cls,
         bundle: str | Path | Bundle,
-        backend: str = "onnxruntime",
+        backend: str = "auto",
         threads: int | None = None,
         checksums: bool = True,
+        provider: str = "auto",
+        device: int = 0,
+        cuda_graph: str = "auto",
     ) -> Pipeline:
         """Opens a bundle with an engine library.
 
         Args:
             bundle: its folder, or a bundle already read.
-            backend: ``onnxruntime``.
-            threads: threads of one call; the library's default if None.
             checksums: compare every file's SHA-256 with the manifest (sizes always are).
+            backend, threads, provider, device, cuda_graph: see :class:`~.backends.BackendOptions`.
 
         Raises:
             BundleError: the bundle is not sound.
-            BackendError: the engine library is missing or refuses a graph.
+            BackendError: the engine library is unknown or missing, or refuses a graph.
+            UsageError: options that do not go together.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.load(Path(bundle))
-        if backend != "onnxruntime":
-            raise BackendError(f"backend {backend!r} is not one of onnxruntime")
-        if bundle.precision == "bf16":
-            raise BackendError(
-                "ONNX Runtime's CPU provider has no bfloat16 matrix product; use an fp32 or fp16 bundle "
-                f"(gtr-export build --model {bundle.architecture.name} --precision fp16)"
-            )
-        from .backends.onnxruntime import OnnxRuntimeBackend
+        options, why = resolve_backend(bundle, BackendOptions(backend, provider, threads, device, cuda_graph))
+        engine = open_backend(bundle, options, checksums)
+        return cls(bundle.architecture, engine, dict(bundle.plan_defaults), bundle.max_batch, why)
 
-        engine = OnnxRuntimeBackend(bundle.graph_paths(checksums), threads)
-        return cls(bundle.architecture, engine, dict(bundle.plan_defaults), bundle.max_batch)
+    @property
+    def runs_whole_generations(self) -> bool:
+        """Whether the backend keeps whole generations on its device."""
+        return isinstance(self.backend, DeviceBackend)
+
+    def warm_up(self, plan: str | PlanSettings | SamplingPlan = "gtr", batch_size: int | None = None) -> None:
+        """Walks the plan's shapes once, so that no later generation waits for contexts, kernels or CUDA graphs.
+
+        Backends that run one call at a time have nothing to prepare.
+
+        Args:
+            plan: see :meth:`plan`.
+            batch_size: the bundle's ``max_batch`` by default.
+        """
+        if isinstance(self.backend, DeviceBackend):
+            self.backend.warm_up(self.plan(plan), self.max_batch if batch_size is None else batch_size)
 
     def plan(self, plan: str | PlanSettings | SamplingPlan = "gtr") -> SamplingPlan:
         """A plan by preset name (with the model's defaults), by settings, or as it is.
@@ -102,6 +125,7 @@ class Pipeline:
         noise: NoiseSource | None = None,
         orders: Integers | None = None,
         observer: Callable[[int], Observer | None] | None = None,
+        finished: Callable[[int], None] | None = None,
     ) -> Generation:
         """Generates one image per label.
 
@@ -113,7 +137,9 @@ class Pipeline:
             batch_size: images per batch; the bundle's ``max_batch`` by default.
             noise: replaces the seeds' noise (recorded noise in tests); needs all images in one batch.
             orders: int64 [n, L], replaces the seeds' token orders.
-            observer: called with the index of a batch's first image; what it returns is called after each AR step.
+            observer: called with the index of a batch's first image; what it returns is called after each AR step. A
+                backend that runs whole generations is slower when it is watched.
+            finished: called after each batch with the number of images made so far.
 
         Raises:
             UsageError: labels, seeds, sizes or the plan are out of range.
@@ -154,6 +180,8 @@ class Pipeline:
             )
             latents.append(batch)
             images.append(self.backend.decode(batch))
+            if finished is not None:
+                finished(part.stop)
         return Generation(
             np.concatenate(images), np.concatenate(latents), tuple(int(x) for x in labels), tuple(seeds), resolved
         )

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .architecture import Architecture
-from .backends.base import Backend, ChainSegment, DiffusionChain, Floats, Integers
+from .backends.base import (
+    Backend,
+    ChainSegment,
+    DeviceBackend,
+    DiffusionChain,
+    Floats,
+    GenerationJob,
+    Integers,
+    Observer,
+    StepResult,
+)
 from .diffusion import COEFFICIENTS, reverse_process
 from .errors import BackendError, UsageError
 from .noise import NoiseSource
@@ -19,31 +27,8 @@ from .plan import ARStep, PlanSettings, SamplingPlan
 from .selection import SCORED_RULES, select
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What an observer sees after each AR step.
-
-    Attributes:
-        step: the plan's entry.
-        predicted: int64 [B, P], positions made in this step.
-        refined: bool [B, P], those that got extra diffusion steps.
-        latents: float32 [B, L, C], a view: all tokens so far, zeros elsewhere.
-    """
-
-    step: ARStep
-    predicted: Integers
-    refined: NDArray[np.bool_]
-    latents: Floats
-
-
-class Observer(Protocol):
-    """Called after each AR step: progress bars, traces."""
-
-    def __call__(self, result: StepResult) -> None: ...
-
-
 def sample(
-    backend: Backend,
+    backend: Backend | DeviceBackend,
     plan: SamplingPlan,
     architecture: Architecture,
     labels: Sequence[int],
@@ -55,7 +40,7 @@ def sample(
     """Generates one batch of latents.
 
     Args:
-        backend: runs the graphs.
+        backend: runs the graphs; or the whole loop below by itself, on its device.
         plan: what to do, resolved for ``architecture``.
         architecture: the model.
         labels: B class indices.
@@ -78,6 +63,8 @@ def sample(
     if orders.shape != (batch, total) or not (np.sort(orders, axis=1) == np.arange(total)).all():
         raise UsageError(f"orders must be [{batch}, {total}], each row a permutation of 0..{total - 1}")
     branch_labels = np.array([labels, [architecture.null_label] * batch], dtype=np.int64)
+    if isinstance(backend, DeviceBackend):
+        return backend.generate(GenerationJob(plan, orders, branch_labels, seeds, noise), observer)
     latents = np.zeros((batch, total, architecture.token_channels), dtype=np.float32)
 
     for step in plan.steps:

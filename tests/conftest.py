@@ -5,11 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from fakes import cudart
+from fakes.bundles import VERSIONS
+from fakes.machine import FakeMachine
+from fakes.tensorrt import make_module
 
 from gtr_deploy.export.build import BuildRequest, build
 from gtr_deploy.runtime.bundle import Bundle
@@ -65,6 +70,18 @@ def own_bundle(digits_bundle: Path, tmp_path: Path) -> Path:
 def digits_pipeline(digits_bundle: Path) -> Pipeline:
     """The shipped model on ONNX Runtime, one thread."""
     return Pipeline.load(Bundle.load(digits_bundle), threads=1)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMachine]:
+    """CUDA and both TensorRT libraries, faked; at the end no address was wrong and nothing raced."""
+    machine = FakeMachine()
+    cudart.install(monkeypatch, machine)
+    for name, flavour in (("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx")):
+        monkeypatch.setitem(sys.modules, name, make_module(machine, flavour, VERSIONS[flavour]))
+    yield machine
+    assert machine.faults == []
+    assert machine.races == []
 
 
 @pytest.fixture

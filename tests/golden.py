@@ -18,7 +18,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file
 
-from gtr_deploy.export.reference import TorchBackend, build_networks
+from gtr_deploy.export.reference import build_networks
+from gtr_deploy.export.torch_backend import TorchBackend
 from gtr_deploy.runtime.architecture import Architecture
 from gtr_deploy.runtime.noise import RecordedNoise
 from gtr_deploy.runtime.plan import PlanSettings, SamplingPlan, resolve

@@ -137,7 +137,7 @@ class Kl16Decoder(nn.Module):
         return self.decoder(self.post_quant_conv(grid).float())
 
     def forward(self, latents: Tensor) -> Tensor:
-        return to_pixels(self.image(latents)).permute(0, 2, 3, 1)
+        return to_pixels(self.image(latents).permute(0, 2, 3, 1))
 
 
 class PatchDecoder(nn.Module):
@@ -151,11 +151,12 @@ class PatchDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         rows, columns = self.grid
         patches = latents.reshape(-1, rows, columns, self.patch, self.patch).permute(0, 1, 3, 2, 4)
-        return to_pixels(patches.reshape(-1, *self.size, 1)).expand(-1, -1, -1, 3)
+        return to_pixels(patches.reshape(-1, *self.size, 1).expand(-1, -1, -1, 3))
 
 
 def to_pixels(image: Tensor) -> Tensor:
-    """-1..1 -> uint8, round(clip((image + 1) / 2 * 255, 0, 255)) (engine_mar.py)."""
+    """-1..1 -> uint8, round(clip((image + 1) / 2 * 255, 0, 255)) (engine_mar.py). Comes last: TensorRT has uint8 for
+    inputs and outputs only."""
     return torch.round(torch.clamp((image + 1) / 2 * 255, 0, 255)).to(torch.uint8)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..noise import NoiseSource
+from ..plan import ARStep, SamplingPlan
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -60,8 +64,50 @@ class DiffusionChain:
     segments: tuple[ChainSegment, ...]
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What an observer sees after each AR step.
+
+    Attributes:
+        step: the plan's entry.
+        predicted: int64 [B, P], positions made in this step.
+        refined: bool [B, P], those that got extra diffusion steps.
+        latents: float32 [B, L, C], a view: all tokens so far, zeros elsewhere.
+    """
+
+    step: ARStep
+    predicted: Integers
+    refined: NDArray[np.bool_]
+    latents: Floats
+
+
+class Observer(Protocol):
+    """Called after each AR step: progress bars, traces."""
+
+    def __call__(self, result: StepResult) -> None: ...
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """Everything that one batch's generation depends on.
+
+    Attributes:
+        plan: resolved for the model.
+        orders: int64 [B, L], positions in the order they are made.
+        labels: int64 [2, B], classes and null labels.
+        seeds: B image seeds.
+        noise: the noise of every token.
+    """
+
+    plan: SamplingPlan
+    orders: Integers
+    labels: Integers
+    seeds: Sequence[int]
+    noise: NoiseSource
+
+
 class Backend(Protocol):
-    """Runs the four graphs of one bundle."""
+    """Runs the networks of one bundle, one call at a time; the sampler's loop runs on the host."""
 
     name: str
 
@@ -77,6 +123,29 @@ class Backend(Protocol):
 
     def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
         """Runs a whole chain of reverse steps; x_0 [N, C] in the chain's row order."""
+        ...
+
+    def decode(self, latents: Floats) -> NDArray[np.uint8]:
+        """Latents [B, L, C] to RGB [B, H, W, 3]."""
+        ...
+
+
+@runtime_checkable
+class DeviceBackend(Protocol):
+    """Runs whole generations by itself, so that nothing but finished latents comes back to the host."""
+
+    name: str
+
+    def generate(self, job: GenerationJob, observer: Observer | None = None) -> Floats:
+        """One batch of latents [B, L, C] in grid order, as sampler.py's own loop would make them."""
+        ...
+
+    def warm_up(self, plan: SamplingPlan, batch: int) -> None:
+        """Does beforehand what the first generations of this plan and batch size would have to wait for."""
+        ...
+
+    def part_seconds(self, plan: SamplingPlan, batch: int) -> dict[str, float]:
+        """Seconds of ``backbone`` and ``head`` in one generation, apart from each other."""
         ...
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:

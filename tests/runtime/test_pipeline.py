@@ -123,7 +123,7 @@ def test_plan_by_name_settings_or_itself(digits_pipeline: Pipeline) -> None:
 
 
 def test_unknown_backend(digits_bundle: Path) -> None:
-    with pytest.raises(BackendError, match="'tensorflow' is not one of onnxruntime"):
+    with pytest.raises(BackendError, match="'tensorflow' is not one of auto, onnxruntime, tensorrt, "):
         Pipeline.load(digits_bundle, backend="tensorflow")
 
 

@@ -10,7 +10,7 @@ import pytest
 from golden import load_case, relative_error, torch_backend
 from numpy.typing import NDArray
 
-from gtr_deploy.export.reference import TorchBackend
+from gtr_deploy.export.torch_backend import TorchBackend
 from gtr_deploy.runtime.architecture import Architecture
 from gtr_deploy.runtime.backends.base import Condition, DiffusionChain, Floats, Integers
 from gtr_deploy.runtime.diffusion import kept_timesteps, reverse_process

@@ -1,0 +1,157 @@
+"""Every shape that a plan asks of every graph, and the few optimization profiles that cover them.
+
+A plan fixes its shapes before it runs, so that engine profiles, warm-up and graph capture walk lists. Knows no engine
+library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .plan import ARStep, PlanSettings, SamplingPlan
+from .selection import SCORED_RULES
+
+Sizes = dict[str, int]
+"""Axis letter to size; the letters are those of graphs.py."""
+
+Range = tuple[int, int, int]
+"""Smallest, best and largest size of one axis."""
+
+Profile = dict[str, Range]
+"""Axis letter to range."""
+
+
+@dataclass(frozen=True)
+class ChainShape:
+    """How the reverse steps of one AR step divide, for one image.
+
+    Attributes:
+        longer: tokens with the longer chain that run alone at first; 0 where all chains are equally long.
+        alone: reverse steps that they take alone.
+        common: reverse steps that all tokens take together.
+        refined_longer: whether the longer chain is that of the refined tokens.
+    """
+
+    longer: int
+    alone: int
+    common: int
+    refined_longer: bool
+
+
+def chain_shape(step: ARStep) -> ChainShape:
+    """The division of one AR step's reverse steps; both chains end together."""
+    plain, refined = step.diffusion_steps, step.refined_diffusion_steps
+    if step.refined == 0:
+        return ChainShape(0, 0, plain, False)
+    if step.refined == step.predicted or plain == refined:
+        return ChainShape(0, 0, refined, False)
+    longer = step.refined if refined > plain else step.predicted - step.refined
+    return ChainShape(longer, abs(refined - plain), min(refined, plain), refined > plain)
+
+
+def step_shapes(step: ARStep, settings: PlanSettings, batch: int) -> list[tuple[str, Sizes, int]]:
+    """(graph kind, sizes, calls) of one AR step at one batch size, for a backend that selects on the device."""
+    guided = {"G": step.branches}
+    rows = batch * step.predicted
+    split = chain_shape(step)
+    shapes: list[tuple[str, Sizes, int]] = [
+        ("backbone", {**guided, "B": batch, "V": step.known, "P": step.predicted, "R": step.context}, 1)
+    ]
+    if split.longer:
+        if settings.fts in SCORED_RULES:
+            shapes.append(("detail_score", {"B": batch, "P": step.predicted}, 1))
+            shapes.append(("select_rows", {"B": batch, "P": step.predicted, "K": split.longer}, 1))
+        longer = batch * split.longer
+        shapes.append(("gather_rows", {**guided, "N": rows, "S": split.alone, "M": longer}, 1))
+        shapes.append(("diffusion_step", {**guided, "N": longer}, split.alone))
+        shapes.append(("merge_rows", {"N": rows, "M": longer, "S": split.common}, 1))
+    shapes.append(("diffusion_step", {**guided, "N": rows}, split.common))
+    return shapes
+
+
+def call_shapes(plan: SamplingPlan, batch: int) -> dict[str, list[Sizes]]:
+    """Graph kind to the distinct sizes that a generation of ``batch`` images calls it with, in order of appearance."""
+    found: dict[str, list[Sizes]] = {}
+    for step in plan.steps:
+        for kind, sizes, _ in step_shapes(step, plan.settings, batch):
+            if sizes not in found.setdefault(kind, []):
+                found[kind].append(sizes)
+    found["decoder"] = [{"B": batch}]
+    return found
+
+
+def profiles(plans: Iterable[SamplingPlan], max_batch: int) -> dict[str, list[Profile]]:
+    """Optimization profiles per graph kind: few and tight.
+
+    One regime for a single image and one for 2 to ``max_batch``, each split into generation (few tokens, many calls)
+    and reconstruction (half of the tokens at once). The best size of each axis is the median of the work at the
+    regime's largest batch. The number of branches may be 1 in every profile: it only halves the rows.
+
+    Args:
+        plans: resolved for one model.
+        max_batch: largest batch, at least 1.
+    """
+    regimes = [(1, 1)] if max_batch == 1 else [(1, 1), (2, max_batch)]
+    result: dict[str, list[Profile]] = {}
+    plans = list(plans)
+    for smallest, largest in regimes:
+        groups: dict[tuple[str, bool], list[tuple[Sizes, Sizes, int]]] = {}
+        for plan in plans:
+            last_stage = len(plan.settings.stage_steps) - 1
+            for step in plan.steps:
+                reconstructing = step.stage == last_stage > 0
+                low = step_shapes(step, plan.settings, smallest)
+                high = step_shapes(step, plan.settings, largest)
+                for (kind, least, _), (_, most, calls) in zip(low, high, strict=True):
+                    groups.setdefault((kind, reconstructing), []).append((least, most, calls))
+        for (kind, _), members in sorted(groups.items(), key=lambda item: item[0]):
+            profile = _profile(members)
+            if profile not in result.setdefault(kind, []):
+                result[kind].append(profile)
+        result.setdefault("decoder", []).append({"B": (smallest, largest, largest)})
+    return result
+
+
+def _profile(members: Sequence[tuple[Sizes, Sizes, int]]) -> Profile:
+    """The box around all sizes; its best point is, axis by axis, the median of the work."""
+    profile: Profile = {}
+    for letter in members[0][1]:
+        weighted = sorted((most[letter], _work(most) * calls) for _, most, calls in members)
+        half = sum(weight for _, weight in weighted) / 2
+        best, passed = 0, 0.0
+        for best, weight in weighted:  # noqa: B007 - the size where the loop stops is the median
+            passed += weight
+            if passed >= half:
+                break
+        low = 1 if letter == "G" else min(least[letter] for least, _, _ in members)
+        profile[letter] = (low, best, max(most[letter] for _, most, _ in members))
+    return profile
+
+
+def _work(sizes: Sizes) -> int:
+    """Grows with the rows that a call processes."""
+    tokens = sum(sizes.get(letter, 0) for letter in "VPR")
+    return sizes.get("B", 1) * sizes.get("N", 1) * max(1, tokens)
+
+
+def covering(candidates: Sequence[Profile], sizes: Mapping[str, int]) -> int | None:
+    """Index of the profile that holds ``sizes`` and whose best sizes are nearest (by ratio); None if none does."""
+    best: tuple[float, int] | None = None
+    for index, profile in enumerate(candidates):
+        if all(low <= sizes[letter] <= high for letter, (low, _, high) in profile.items()):
+            distance = 0.0
+            for letter, (_, middle, _) in profile.items():
+                ratio = (sizes[letter] + 1) / (middle + 1)
+                distance += max(ratio, 1 / ratio) - 1
+            if best is None or distance < best[0]:
+                best = (distance, index)
+    return None if best is None else best[1]
+
+
+def described(profile: Mapping[str, Range]) -> str:
+    """For people: ``B=2..8 (8) V=0..124 (60)``; a single number where the range is one."""
+    parts = []
+    for letter, (low, middle, high) in profile.items():
+        parts.append(f"{letter}={low}" if low == high else f"{letter}={low}..{high} ({middle})")
+    return " ".join(parts)

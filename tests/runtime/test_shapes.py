@@ -1,0 +1,134 @@
+"""Shapes of plans, the profiles that cover them, and where a generation's arrays lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gtr_deploy.runtime.architecture import ARCHITECTURES, PLAN_DEFAULTS
+from gtr_deploy.runtime.backends.device_layout import ALIGNMENT, device_layout, ordered_to_grid
+from gtr_deploy.runtime.noise import SeededNoise
+from gtr_deploy.runtime.orders import generation_orders
+from gtr_deploy.runtime.plan import PRESETS, SamplingPlan, preset, resolve
+from gtr_deploy.runtime.shapes import call_shapes, chain_shape, covering, described, profiles
+
+MODELS = ("mar-h", "mar-digits")
+
+
+def plan_of(model: str, name: str, **changes) -> SamplingPlan:
+    architecture = ARCHITECTURES[model]
+    return resolve(replace(preset(name, architecture, PLAN_DEFAULTS[model]), **changes), architecture)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("max_batch", [1, 2, 8])
+def test_profiles_cover_every_shape_of_every_preset_and_batch(model: str, max_batch: int) -> None:
+    plans = [plan_of(model, name) for name in PRESETS]
+    found = profiles(plans, max_batch)
+    for plan in plans:
+        for batch in range(1, max_batch + 1):
+            for kind, shapes in call_shapes(plan, batch).items():
+                for sizes in shapes:
+                    assert covering(found[kind], sizes) is not None, (plan.settings.name, kind, sizes)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_profiles_are_few_and_tight(model: str) -> None:
+    found = profiles([plan_of(model, "gtr")], 8)
+    assert max(len(ranges) for ranges in found.values()) <= 4
+    architecture = ARCHITECTURES[model]
+    for profile in found["backbone"]:
+        assert profile["V"][2] < architecture.tokens
+        for low, best, high in profile.values():
+            assert low <= best <= high
+    # A single image has a profile of its own, and the largest batch is the best size of another.
+    batches = {profile["B"] for profile in found["backbone"]}
+    assert batches == {(1, 1, 1), (2, 8, 8)}
+    # mar predicts a token or two at a time; that must not stretch the reconstruction's profile.
+    both = profiles([plan_of(model, "gtr"), plan_of(model, "mar")], 8)
+    last = plan_of(model, "gtr").steps[-1].predicted
+    assert any(profile["P"][0] == last for profile in both["backbone"])
+
+
+def test_the_nearest_profile_is_chosen() -> None:
+    wide, tight = {"N": (1, 100, 200)}, {"N": (1, 8, 64)}
+    assert covering([wide, tight], {"N": 6}) == 1
+    assert covering([wide, tight], {"N": 64}) == 0
+    assert covering([wide, tight], {"N": 201}) is None
+    assert described({"B": (1, 1, 1), "N": (2, 8, 64)}) == "B=1 N=2..64 (8)"
+
+
+def test_chains_divide_as_the_sampler_s_segments() -> None:
+    step = plan_of("mar-h", "gtr").steps[-1]
+    assert (step.predicted, step.refined, step.refined_diffusion_steps, step.diffusion_steps) == (64, 6, 50, 20)
+    split = chain_shape(step)
+    assert (split.longer, split.alone, split.common, split.refined_longer) == (6, 30, 20, True)
+    split = chain_shape(replace(step, refined_diffusion_steps=5))
+    assert (split.longer, split.alone, split.common, split.refined_longer) == (58, 15, 5, False)
+    for changes in ({"refined": 0}, {"refined": 64}, {"refined_diffusion_steps": 20}):
+        assert chain_shape(replace(step, **changes)).longer == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    name=st.sampled_from(sorted(PRESETS)),
+    batch=st.integers(1, 5),
+    rule=st.sampled_from(["fts", "random", "none", "all", "lowest"]),
+    extra=st.sampled_from([5, 20, 50]),
+)
+def test_blocks_are_aligned_and_apart(name: str, batch: int, rule: str, extra: int) -> None:
+    plan = plan_of("mar-digits", name, fts=rule, fts_diffusion=extra)
+    layout = device_layout(plan, ARCHITECTURES["mar-digits"], batch)
+    areas = {
+        "inputs": [layout.labels, *(b for s in layout.steps for b in s.inputs.values())],
+        "tables": [b for s in layout.steps for b in s.tables.values()],
+        "work": list(layout.work.values()),
+    }
+    sizes = {"inputs": layout.inputs_size, "tables": layout.tables_size, "work": layout.work_size}
+    for area, blocks in areas.items():
+        end = 0
+        for block in sorted(blocks, key=lambda block: block.offset):
+            assert block.offset % ALIGNMENT == 0
+            assert block.stride is None or block.stride % ALIGNMENT == 0
+            assert block.offset >= end
+            end = block.offset + max(block.bytes, 1)
+        assert end <= sizes[area]
+
+
+def test_what_the_host_fills_in_is_what_the_sampler_draws() -> None:
+    architecture = ARCHITECTURES["mar-digits"]
+    plan = plan_of("mar-digits", "gtr-fast")
+    seeds = [4, 9]
+    orders = generation_orders("gtr", architecture.grid, 3, "odd", seeds)
+    layout = device_layout(plan, architecture, 2)
+    area = np.zeros(layout.inputs_size, dtype=np.uint8)
+    noise = SeededNoise(seeds, architecture.token_channels)
+    labels = np.array([[3, 7], [10, 10]])
+    layout.fill_inputs(area, orders, labels, seeds, noise)
+    assert np.array_equal(layout.labels.view(area), labels)
+    for step in layout.steps:
+        known, made = step.step.known, step.step.predicted
+        predict = step.inputs["predict"].view(area)
+        assert np.array_equal(predict, orders[:, known : known + made])
+        images = np.repeat([0, 1], made)
+        steps = max(step.step.diffusion_steps, step.step.refined_diffusion_steps)
+        drawn = noise.draw(images, predict.ravel(), steps)
+        assert np.array_equal(step.inputs["x"].view(area), drawn[:, 0])
+        if step.split.longer:
+            assert np.array_equal(step.inputs["noise_alone"].view(area)[0], drawn[:, 1])
+            assert np.array_equal(step.inputs["noise_long"].view(area)[-1], drawn[:, steps])
+            assert np.array_equal(step.inputs["noise_short"].view(area)[0], drawn[:, 1])
+        else:
+            assert np.array_equal(step.inputs["noise"].view(area), drawn[:, 1:].transpose(1, 0, 2))
+
+
+def test_latents_go_back_to_the_grid() -> None:
+    rng = np.random.default_rng(0)
+    orders = np.stack([rng.permutation(6) for _ in range(2)])
+    grid = rng.standard_normal((2, 6, 3)).astype(np.float32)
+    made = np.take_along_axis(grid, orders[:, :, None], axis=1)
+    assert np.array_equal(ordered_to_grid(made, orders), grid)
