@@ -30,6 +30,7 @@ unit: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=
 	$(BIN)/python -m coverage report --include 'runtime/*' --fail-under 95
 	$(BIN)/python -m coverage report --include 'export/*' --fail-under 90
+	$(BIN)/python -m coverage report --include 'calibration/*' --fail-under 90
 
 # Trains the shipped model anew (about 40 minutes on two cores).
 model: $(VENV)/.test

@@ -21,8 +21,8 @@ from ..runtime.bundle import FORMAT, MANIFEST, SCHEMA, Bundle, GraphFiles, Store
 from ..runtime.console import Reporter
 from ..runtime.errors import BundleError, GtrError, UsageError
 from ..runtime.files import read_json, write_json
-from ..runtime.graphs import OPSETS, PRECISIONS, GraphSpec, graph_specs
-from .folders import lock, partial_folder, settle, swap
+from ..runtime.graphs import OPSETS, PRECISIONS, QUANTISED, GraphSpec, graph_specs
+from ..runtime.folders import lock, partial_folder, settle, swap
 from .sources import Weights, resolve_weights
 from .zoo import MODELS, ModelEntry
 
@@ -32,6 +32,17 @@ FLOAT32_PARTS = ["layernorm", "groupnorm", "softmax", "residual", "latent_projec
 
 #: Which weights a graph holds; the others have none.
 _WEIGHTS_OF = {"backbone": "checkpoint", "diffusion_step": "checkpoint", "decoder": "vae"}
+
+
+@dataclass(frozen=True)
+class CalibrationChoices:
+    """How int8 and fp8 are calibrated: number of images, preset to sample with, layers to keep (``auto`` or a number),
+    threads of one call."""
+
+    images: int = 64
+    plan: str = "gtr"
+    keep: int | str = "auto"
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class BuildRequest:
     precision: str = "fp32"
     max_batch: int = 8
     force: bool = False
+    calibration: CalibrationChoices = CalibrationChoices()
 
     def entry(self) -> ModelEntry:
         """The zoo's entry.
@@ -95,6 +107,10 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         GtrError: weights are missing or wrong, the folder is in the way, or another build is writing it.
     """
     entry = request.entry()
+    if request.precision in QUANTISED:
+        from .build_quantised import build_quantised
+
+        return build_quantised(request, reporter)
     out = request.out
     with lock(out):
         settle(out)
@@ -103,7 +119,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             request.model, entry, request.checkpoint, request.vae, request.random_weights, reporter
         )
         specs = graph_specs(entry.architecture, request.max_batch)
-        keys = {kind: _stage_key(spec, request, entry, weights) for kind, spec in specs.items()}
+        keys = stage_keys(request, weights)
         result = BuildResult(out)
         if old is not None and not request.force and _is_current(old, request, keys, weights):
             result.stages = dict.fromkeys([*keys, "manifest"], "cached")
@@ -148,6 +164,13 @@ def default_out(model: str, precision: str, random_weights: bool) -> Path:
 
 
 # --- what a stage depends on ------------------------------------------------------------------------------------------
+
+
+def stage_keys(request: BuildRequest, weights: Weights) -> dict[str, str]:
+    """Graph kind to the hash of what it depends on."""
+    entry = request.entry()
+    specs = graph_specs(entry.architecture, request.max_batch)
+    return {kind: _stage_key(spec, request, entry, weights) for kind, spec in specs.items()}
 
 
 def _stage_key(spec: GraphSpec, request: BuildRequest, entry: ModelEntry, weights: Weights) -> str:
@@ -225,7 +248,8 @@ def _manifest(
 ) -> dict[str, Any]:
     opset = OPSETS[request.precision]
     graphs = {
-        kind: {"opset": opset, "model": finished[kind]["model"], "data": finished[kind]["data"], **spec.to_json()}
+        kind: {"opset": opset, "model": finished[kind]["model"], "data": finished[kind]["data"], "cpu": None}
+        | spec.to_json()
         for kind, spec in specs.items()
     }
     return {

@@ -27,7 +27,7 @@ from ..runtime.shapes import Profile, described, profiles
 from .engine_audit import counted, float32_problem
 from .engine_graph import BuildSettings, build_graph
 from .engine_target import Target, choose_target
-from .folders import lock
+from ..runtime.folders import lock
 
 STAGES = "stages.json"
 SETTINGS = "build.json"

@@ -18,6 +18,7 @@ from ..runtime.backends.base import Condition, DiffusionChain, Floats, Integers
 from ..runtime.bundle import Bundle
 from ..runtime.console import Reporter
 from ..runtime.errors import BackendError, GtrError
+from ..runtime.graphs import QUANTISED
 from .models.layers import Linear
 from .reference import DTYPES, Networks, build_networks
 from .sources import weights_of_bundle
@@ -204,7 +205,7 @@ def open_backend(
     Args:
         bundle: names the weights; its graphs are not used.
         device: ``auto`` (CUDA where torch can use it), ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: ``fp32``, ``fp16`` or ``bf16``; the bundle's by default.
+        precision: ``fp32``, ``fp16`` or ``bf16``; the bundle's by default, fp32 where that is a quantised one.
         cuda_graphs: see :class:`TorchBackend`.
         threads: of one call on the CPU, for the whole process; torch's default if None.
         checkpoint, vae: the weight files, where they have moved.
@@ -213,7 +214,7 @@ def open_backend(
         GtrError: the weights are not found, or torch has no such precision.
         BackendError: torch cannot use the device.
     """
-    precision = precision or bundle.precision
+    precision = precision or ("fp32" if bundle.precision in QUANTISED else bundle.precision)
     if precision not in DTYPES:
         raise GtrError(f"torch does not run precision {precision}, only {', '.join(DTYPES)}")
     if device == "auto":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.console import Reporter
 from ..runtime.engines import FLAVOURS, EngineSet, choose_engines
 from ..runtime.errors import BackendError, BundleError, GtrError
-from ..runtime.graphs import IMAGE_TOLERANCES, GraphSpec, graph_specs
+from ..runtime.graphs import IMAGE_TOLERANCES, QUANTISED, GraphSpec, graph_specs
 from ..runtime.machine import examine_machine
 from ..runtime.noise import SeededNoise
 from ..runtime.plan import PRESETS, preset, resolve
@@ -150,8 +151,10 @@ def verify(
         with_what + (", bfloat16 products through float32 casts" if emulated else ""),
         engine,
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         backend = _loads(bundle, engines, report, reporter, Path(scratch))
+        if isinstance(backend, TensorRTBackend):
+            stack.callback(backend.close)
         if backend is not None:
             specs = graph_specs(bundle.architecture, bundle.max_batch)
             if engines is not None:
@@ -192,12 +195,12 @@ def _loads(
         with reporter.stage("checksums and loading"):
             if engines is not None:
                 return _engines_load(bundle, engines, report)
-            paths = bundle.graph_paths()
+            paths = bundle.graph_paths(target="cpu")
             if bundle.precision == "bf16":
                 from .bfloat16 import widen
 
                 paths = {kind: widen(path, scratch / path.name) for kind, path in paths.items()}
-            backend = OnnxRuntimeBackend(paths)
+            backend = OnnxRuntimeBackend(paths, optimised=bundle.precision != "fp8")
     except (BundleError, BackendError) as error:
         report.checks.append(Check("loads", "all graphs", "failed", note=str(error)))
         return None
@@ -265,7 +268,7 @@ def _graphs(
     report: Report,
     reporter: Reporter,
 ) -> None:
-    precisions = list(dict.fromkeys([bundle.precision, "fp32"]))
+    precisions = _references(bundle)
     for kind, spec in specs.items():
         with reporter.stage(f"parity: {kind}"):
             for precision in precisions:
@@ -278,6 +281,11 @@ def _graphs(
                     status = "ok" if error <= limit else "failed"
                     subject = f"{kind}, {name}, torch {precision}"
                     report.checks.append(Check("graphs", subject, status, error, limit))
+
+
+def _references(bundle: Bundle) -> list[str]:
+    """Precisions of torch to compare with; torch has no quantised one."""
+    return ["fp32"] if bundle.precision in QUANTISED else list(dict.fromkeys([bundle.precision, "fp32"]))
 
 
 def _reference(kind: str, weights: Weights, precision: str) -> Callable[[Mapping[str, Any]], list[NDArray[Any]]]:
@@ -326,7 +334,7 @@ def _images(
     from .torch_backend import TorchBackend
 
     made: dict[tuple[str, str], Floats | GtrError] = {}
-    for precision in dict.fromkeys(["bundle", bundle.precision, "fp32"]):
+    for precision in ["bundle", *_references(bundle)]:
         runner: Backend | DeviceBackend = backend
         if precision != "bundle":
             runner = TorchBackend(build_networks(architecture, weights.checkpoint(), weights.vae(), precision))
@@ -337,7 +345,7 @@ def _images(
                 made[precision, name] = _generated(runner, name, bundle, images)
     limit = IMAGE_TOLERANCES[bundle.precision]
     for name in chosen:
-        for precision in dict.fromkeys([bundle.precision, "fp32"]):
+        for precision in _references(bundle):
             report.checks.append(_compared(name, precision, made["bundle", name], made[precision, name], limit))
 
 

@@ -57,6 +57,8 @@ def load_pipeline(bundle: Bundle, engine: BackendOptions, reporter: Reporter) ->
         pipeline = Pipeline.load(
             bundle, engine.backend, engine.threads, True, engine.provider, engine.device, engine.cuda_graph
         )
+    if context := click.get_current_context(silent=True):
+        context.call_on_close(pipeline.close)
     if pipeline.backend_why:
         reporter.say(f"backend {pipeline.backend.name}: {pipeline.backend_why}")
     return pipeline

@@ -87,11 +87,16 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class GraphFiles:
-    """One graph: the model file and, where the weights are large, its one data file."""
+    """One graph: the model file and, where the weights are large, its one data file.
+
+    Attributes:
+        cpu: the same of the flavour that ONNX Runtime runs on CPUs, where an int8 bundle has one.
+    """
 
     opset: int
     model: StoredFile
     data: StoredFile | None
+    cpu: tuple[StoredFile, StoredFile | None] | None = None
 
     @property
     def bytes(self) -> int:
@@ -152,17 +157,22 @@ class Bundle:
         defaults, batch = manifest["plan_defaults"], manifest["max_batch"]
         return cls(folder, architecture, precision, graphs, defaults, batch, engines, manifest)
 
-    def graph_paths(self, checksums: bool = True) -> dict[str, Path]:
-        """Graph kind to checked ONNX file.
+    def graph_paths(self, checksums: bool = True, target: str = "tensorrt") -> dict[str, Path]:
+        """Graph kind to checked file; data files are checked, too.
+
+        Args:
+            checksums: compare SHA-256 with the manifest (sizes always are).
+            target: ``cpu`` takes the flavour for ONNX Runtime on CPUs where there is one; else ``tensorrt``.
 
         Raises:
             BundleError: see :meth:`StoredFile.check`.
         """
         paths: dict[str, Path] = {}
         for kind, files in self.graphs.items():
-            paths[kind] = files.model.check(self.folder, checksums)
-            if files.data is not None:
-                files.data.check(self.folder, checksums)
+            model, data = files.cpu if target == "cpu" and files.cpu else (files.model, files.data)
+            paths[kind] = model.check(self.folder, checksums)
+            if data is not None:
+                data.check(self.folder, checksums)
         return paths
 
     def engine_paths(self, engines: EngineSet, checksums: bool = True) -> dict[str, Path]:
@@ -206,12 +216,21 @@ def _graphs(path: Path, section: Mapping[str, Any], architecture: Architecture) 
     graphs: dict[str, GraphFiles] = {}
     for kind, spec in specs.items():
         entry, where = section[kind], f"{path}: graphs.{kind}"
-        if not isinstance(entry, dict) or set(entry) != {"opset", "model", "data", "inputs", "outputs"}:
-            raise BundleError(f"{where} must have exactly opset, model, data, inputs and outputs")
+        # Bundles from before int8 have no "cpu".
+        if not isinstance(entry, dict) or set(entry) | {"cpu"} != {"opset", "model", "data", "cpu", "inputs", "outputs"}:
+            raise BundleError(f"{where} must have exactly opset, model, data, cpu, inputs and outputs")
         if {key: entry[key] for key in ("inputs", "outputs")} != spec.to_json():
             raise BundleError(f"{where} has other inputs or outputs than this version's; rebuild with gtr-export build")
         if isinstance(entry["opset"], bool) or not isinstance(entry["opset"], int):
             raise BundleError(f"{where}: opset {entry['opset']!r} is not a whole number")
-        data = None if entry["data"] is None else StoredFile.from_json(entry["data"], f"{where}.data")
-        graphs[kind] = GraphFiles(entry["opset"], StoredFile.from_json(entry["model"], f"{where}.model"), data)
+        cpu = entry.get("cpu")
+        if cpu is not None and (not isinstance(cpu, dict) or set(cpu) != {"model", "data"}):
+            raise BundleError(f"{where}.cpu must have exactly model and data")
+        other = None if cpu is None else _files(cpu, f"{where}.cpu")
+        graphs[kind] = GraphFiles(entry["opset"], *_files(entry, where), other)
     return graphs
+
+
+def _files(entry: Mapping[str, Any], where: str) -> tuple[StoredFile, StoredFile | None]:
+    data = None if entry["data"] is None else StoredFile.from_json(entry["data"], f"{where}.data")
+    return StoredFile.from_json(entry["model"], f"{where}.model"), data

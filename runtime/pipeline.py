@@ -105,6 +105,18 @@ class Pipeline:
         if isinstance(self.backend, DeviceBackend):
             self.backend.warm_up(self.plan(plan), self.max_batch if batch_size is None else batch_size)
 
+    def close(self) -> None:
+        """Gives a GPU's memory back; nothing works after this. Backends on the CPU have nothing to give back."""
+        close = getattr(self.backend, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def plan(self, plan: str | PlanSettings | SamplingPlan = "gtr") -> SamplingPlan:
         """A plan by preset name (with the model's defaults), by settings, or as it is.
 

@@ -99,6 +99,8 @@ def resolve_backend(bundle: Bundle, options: BackendOptions) -> tuple[BackendOpt
         options = replace(options, backend=name, provider=_provider(machine) if name == "onnxruntime" else "auto")
     elif options.backend == "onnxruntime" and options.provider == "auto":
         options = replace(options, provider=_provider(_machine()))
+    if options.backend == "onnxruntime" and options.provider == "cpu" and bundle.precision == "fp8":
+        why = (f"{why}; " if why else "") + "fp8 on a CPU is an evaluation at the cost of fp32, not a deployment"
     if options.backend in _FLAVOURS and options.provider != "auto":
         raise UsageError(f"--provider {options.provider} is for onnxruntime and torch, not for {options.backend}")
     if options.precision is not None and options.backend != "torch":
@@ -132,8 +134,15 @@ def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True
     from .onnxruntime import OnnxRuntimeBackend
 
     graphs = options.provider == "cuda" and options.cuda_graph != "off"
-    paths = bundle.graph_paths(checksums)
-    return OnnxRuntimeBackend(paths, options.threads, options.provider, options.device, cuda_graphs=graphs)
+    paths = bundle.graph_paths(checksums, target="cpu" if options.provider == "cpu" else "tensorrt")
+    return OnnxRuntimeBackend(
+        paths,
+        options.threads,
+        options.provider,
+        options.device,
+        cuda_graphs=graphs,
+        optimised=not (options.provider == "cpu" and bundle.precision == "fp8"),
+    )
 
 
 def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:

@@ -39,6 +39,7 @@ class OnnxRuntimeBackend:
         *,
         cuda_graphs: bool | None = None,
         bound: bool | None = None,
+        optimised: bool = True,
     ) -> None:
         """Opens a session for each graph.
 
@@ -48,6 +49,8 @@ class OnnxRuntimeBackend:
             provider: ``cpu`` or ``cuda``. CUDA computes float32 products in float32, not TF32.
             device: index of the GPU.
             cuda_graphs: replay each shape of the diffusion step as a CUDA graph; by default where the provider can.
+            optimised: False leaves graph optimisations out: Q/DQ graphs are then computed in float exactly as they are
+                written, in any type (the CPU provider has no E4M3 products), at float32's cost.
             bound: keep z and x in bound device buffers; by default on CUDA, since on the CPU plain calls are as fast.
 
         Raises:
@@ -66,6 +69,8 @@ class OnnxRuntimeBackend:
             _check_cuda(onnxruntime)
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3
+        if not optimised:
+            self._options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
             self._options.intra_op_num_threads = threads
         fixed = (provider == "cuda") if cuda_graphs is None else cuda_graphs

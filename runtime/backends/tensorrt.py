@@ -95,8 +95,8 @@ class TensorRTBackend:
     def call(self, kind: str, sizes: Mapping[str, int]) -> EngineCall:
         """The context for a shape, its activations placed in the arena."""
         call = self._engines[kind].call(sizes, self._stream)
-        if call.memory > self._arena_size:
-            self._grow_arena(call.memory)
+        if call.memory > self._arena_size or not self._arena:
+            self._grow_arena(max(call.memory, 1))
         if self._placed.get(id(call)) != self._arena:
             call.set_memory(self._arena, self._arena_size)
             self._placed[id(call)] = self._arena

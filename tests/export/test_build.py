@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from gtr_deploy.export import build as build_module
-from gtr_deploy.export import folders
+from gtr_deploy.runtime import folders
 from gtr_deploy.export.build import BuildRequest, build, default_out
 from gtr_deploy.runtime.bundle import Bundle
 from gtr_deploy.runtime.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, UsageError
+from gtr_deploy.runtime.graphs import NETWORKS, ROW_GRAPHS
 
-KINDS = ("backbone", "diffusion_step", "detail_score", "decoder")
+KINDS = (*NETWORKS, *ROW_GRAPHS)
 QUIET = Reporter(quiet=True)
 
 

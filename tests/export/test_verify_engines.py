@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -109,3 +110,5 @@ def test_generate_and_bench_take_the_engines_by_themselves(
     assert on_fake.counts["launches"] == launches + 4  # warm-up, one to try, two that count
     shares = json.loads(bench.stdout)["measurements"][0]["shares"]
     assert set(shares) == {"backbone", "head", "decoder", "host"}
+    gc.collect()
+    assert on_fake.leaks() == []

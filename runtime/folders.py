@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..runtime.errors import GtrError
+from .errors import GtrError
 
 
 def partial_folder(out: Path) -> Path:

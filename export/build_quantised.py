@@ -1,0 +1,56 @@
+"""gtr-export build --precision int8|fp8: the fp32 graphs first, then their calibration.
+
+The fp32 bundle lies beside the wanted one while that is made, so that a kill loses no finished stage of either, and goes
+away at the end.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from ..calibration.bundle import CalibrationRequest, CalibrationResult, calibration_key, finished, quantise_bundle
+from ..calibration.data import calibration_images
+from ..runtime.bundle import Bundle
+from ..runtime.console import Reporter
+from .build import BuildRequest, BuildResult, build, stage_keys
+from ..runtime.folders import lock, settle
+from .sources import resolve_weights
+
+
+def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
+    """See :func:`~.build.build`; raises also what :func:`~..calibration.bundle.quantise_bundle` does."""
+    entry, choices = request.entry(), request.calibration
+    source = request.out.with_name(f"{request.out.name}.fp32")
+    wanted = CalibrationRequest(
+        source,
+        request.out,
+        request.precision,
+        images=choices.images,
+        plan=choices.plan,
+        keep=choices.keep,
+        threads=choices.threads,
+        force=request.force,
+    )
+    images = calibration_images(entry.architecture, choices.images)
+    weights = resolve_weights(request.model, entry, request.checkpoint, request.vae, request.random_weights, reporter)
+    float32 = replace(request, precision="fp32", out=source, force=False)
+    keys = stage_keys(float32, weights)
+    with lock(request.out):
+        settle(request.out)
+        report = finished(wanted, entry.architecture.name, calibration_key(wanted, keys, images, request.max_batch))
+    if report is not None:
+        return _result(request.out, dict.fromkeys([*keys, "calibration", "manifest"], "cached"))
+    stages = build(float32, reporter).stages
+    result: CalibrationResult = quantise_bundle(wanted, reporter)
+    shutil.rmtree(source)
+    source.with_name(f".{source.name}.lock").unlink(missing_ok=True)
+    return _result(request.out, {**stages, "calibration": result.state, "manifest": result.state})
+
+
+def _result(out: Path, stages: dict[str, str]) -> BuildResult:
+    bundle = Bundle.load(out)
+    both = [stored for files in bundle.graphs.values() for stored in files.cpu or () if stored is not None]
+    total = sum(files.bytes for files in bundle.graphs.values()) + sum(stored.bytes for stored in both)
+    return BuildResult(out, stages, total)
