@@ -21,8 +21,8 @@ from ..runtime.bundle import FORMAT, MANIFEST, SCHEMA, Bundle, GraphFiles, Store
 from ..runtime.console import Reporter
 from ..runtime.errors import BundleError, GtrError, UsageError
 from ..runtime.files import read_json, write_json
-from ..runtime.graphs import OPSETS, PRECISIONS, QUANTISED, GraphSpec, graph_specs
 from ..runtime.folders import lock, partial_folder, settle, swap
+from ..runtime.graphs import OPSETS, PRECISIONS, QUANTISED, GraphSpec, graph_specs
 from .sources import Weights, resolve_weights
 from .zoo import MODELS, ModelEntry
 

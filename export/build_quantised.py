@@ -1,7 +1,7 @@
 """gtr-export build --precision int8|fp8: the fp32 graphs first, then their calibration.
 
-The fp32 bundle lies beside the wanted one while that is made, so that a kill loses no finished stage of either, and goes
-away at the end.
+The fp32 bundle lies beside the wanted one while that is made, so that a kill loses no finished stage of either, and
+goes away at the end.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..calibration.bundle import CalibrationRequest, CalibrationResult, calibrat
 from ..calibration.data import calibration_images
 from ..runtime.bundle import Bundle
 from ..runtime.console import Reporter
-from .build import BuildRequest, BuildResult, build, stage_keys
 from ..runtime.folders import lock, settle
+from .build import BuildRequest, BuildResult, build, stage_keys
 from .sources import resolve_weights
 
 

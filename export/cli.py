@@ -12,6 +12,7 @@ from ..runtime.console import CommandGroup, Reporter, print_json, print_table
 from ..runtime.engines import FLAVOURS
 from ..runtime.errors import BundleError, GtrError
 from ..runtime.graphs import PRECISIONS
+from .calibration_commands import BUILD_OPTIONS, calibrate, calibration_options, check_calibration, sensitivity
 from .engine_options import engine_options
 
 _PATH = click.Path(path_type=Path)
@@ -25,6 +26,10 @@ _MODELS = ("mar-b", "mar-l", "mar-h", "mar-digits")
 @click.version_option(package_name="gtr-deploy")
 def main() -> None:
     """Export MAR checkpoints to bundles for gtr-run."""
+
+
+main.add_command(calibrate)
+main.add_command(sensitivity)
 
 
 @main.command()
@@ -41,6 +46,7 @@ def main() -> None:
     help="Library that will run the graphs; auto is TensorRT where there is a GPU for it, else ONNX Runtime.",
 )
 @engine_options
+@calibration_options(BUILD_OPTIONS)
 @click.option("--max-batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Largest batch promised.")
 @click.option("--out", type=_PATH, help="Bundle folder (default: bundles/MODEL-PRECISION).")
 @click.option("--force", is_flag=True, help="Rebuild everything, and replace a bundle of another model or precision.")
@@ -57,6 +63,7 @@ def build(
     force: bool,
     as_json: bool,
     choices: dict[str, Any],
+    calibration: dict[str, Any],
 ) -> None:
     """Build a bundle of ONNX graphs, and engines where there is a GPU for them, from a checkpoint.
 
@@ -65,7 +72,7 @@ def build(
     """
     from ..runtime.benchmark import peak_memory
     from ..runtime.machine import examine_machine
-    from .build import BuildRequest, default_out
+    from .build import BuildRequest, CalibrationChoices, default_out
     from .build import build as run_build
     from .engine_options import after_engines, choose_for_build, engines_json
     from .engine_target import NeedsGpuError
@@ -75,6 +82,7 @@ def build(
     flavour, precision, chosen = choose_for_build(engine, precision, choices, machine)
     if chosen:
         reporter.say(chosen)
+    check_calibration(precision, calibration)
     request = BuildRequest(
         model=model,
         out=out or default_out(model, precision, random_weights),
@@ -84,6 +92,7 @@ def build(
         precision=precision,
         max_batch=max_batch,
         force=force,
+        calibration=CalibrationChoices(**calibration),
     )
     entry, engines, later = request.entry(), None, None
     wanted = EngineRequest(request.out, flavour, force=force, **choices) if flavour in FLAVOURS else None

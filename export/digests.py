@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import GtrError
-from ..runtime.files import write_json
-from .download import cache_dir
+from ..runtime.files import cache_dir, write_json
 
 
 def file_sha256(path: Path) -> str:

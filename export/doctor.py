@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.doctor import Finding
-from .download import cache_dir
+from ..runtime.files import cache_dir
 from .zoo import MODELS, ModelEntry, WeightSource
 
 #: package, what it is for, how to get it

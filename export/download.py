@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..runtime.errors import GtrError
+from ..runtime.files import CACHE_VARIABLE, cache_dir
 from .zoo import MEBIBYTE, WeightSource
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total)."""
 
-CACHE_VARIABLE = "GTR_DEPLOY_CACHE"
 SIZE_TOLERANCE = MEBIBYTE
 """Published sizes are rounded to whole MiB."""
 
@@ -47,18 +47,12 @@ class _DownloadCutError(Exception):
         self.worth_a_retry = worth_a_retry
 
 
-def cache_dir() -> Path:
-    """Where downloads and digests are kept: $GTR_DEPLOY_CACHE, or ~/.cache/gtr-deploy."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "gtr-deploy"
-
-
 def find_or_download(source: WeightSource, cached_name: str, progress: Progress, timeout: float = 60.0) -> Path:
     """A published file: from the cache folder, else from where the original project puts it, else downloaded.
 
     Args:
         source: address, size, and the original project's default path, taken relative to the current folder.
-        cached_name: path inside :func:`cache_dir`, for example ``mar-h/checkpoint-last.pth``.
+        cached_name: path inside :func:`~..runtime.files.cache_dir`, for example ``mar-h/checkpoint-last.pth``.
         progress: called while downloading.
         timeout: seconds without a byte before a connection counts as cut.
 

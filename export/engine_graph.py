@@ -24,11 +24,10 @@ from ..runtime.backends.tensorrt_library import LogCollector
 from ..runtime.console import Phases, Reporter
 from ..runtime.engines import FLAVOURS
 from ..runtime.errors import BackendError
-from ..runtime.files import atomic_path
+from ..runtime.files import atomic_path, cache_dir
 from ..runtime.graphs import GraphSpec
 from ..runtime.machine import INSTALL
 from ..runtime.shapes import Profile
-from .download import cache_dir
 from .engine_audit import Audit, inspected_layers, network_layers
 from .engine_target import Target
 

@@ -20,6 +20,7 @@ from ..runtime.console import Reporter
 from ..runtime.engines import EngineGraph, EngineSet
 from ..runtime.errors import BundleError, GtrError, PlanError, UsageError
 from ..runtime.files import read_json, write_json
+from ..runtime.folders import lock
 from ..runtime.graphs import GraphSpec, graph_specs
 from ..runtime.machine import Machine, examine_machine
 from ..runtime.plan import PlanSettings, SamplingPlan, preset, resolve
@@ -27,7 +28,6 @@ from ..runtime.shapes import Profile, described, profiles
 from .engine_audit import counted, float32_problem
 from .engine_graph import BuildSettings, build_graph
 from .engine_target import Target, choose_target
-from ..runtime.folders import lock
 
 STAGES = "stages.json"
 SETTINGS = "build.json"

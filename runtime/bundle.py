@@ -217,7 +217,14 @@ def _graphs(path: Path, section: Mapping[str, Any], architecture: Architecture) 
     for kind, spec in specs.items():
         entry, where = section[kind], f"{path}: graphs.{kind}"
         # Bundles from before int8 have no "cpu".
-        if not isinstance(entry, dict) or set(entry) | {"cpu"} != {"opset", "model", "data", "cpu", "inputs", "outputs"}:
+        if not isinstance(entry, dict) or set(entry) | {"cpu"} != {
+            "opset",
+            "model",
+            "data",
+            "cpu",
+            "inputs",
+            "outputs",
+        }:
             raise BundleError(f"{where} must have exactly opset, model, data, cpu, inputs and outputs")
         if {key: entry[key] for key in ("inputs", "outputs")} != spec.to_json():
             raise BundleError(f"{where} has other inputs or outputs than this version's; rebuild with gtr-export build")

@@ -13,6 +13,14 @@ from typing import Any
 
 from .errors import BundleError
 
+CACHE_VARIABLE = "GTR_DEPLOY_CACHE"
+
+
+def cache_dir() -> Path:
+    """Where downloads, digests and compiled kernels are kept: $GTR_DEPLOY_CACHE, or ~/.cache/gtr-deploy."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "gtr-deploy"
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:

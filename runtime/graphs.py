@@ -91,7 +91,7 @@ others do the same in NumPy (selection.py, sampler.py)."""
 IMAGE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2, "int8": 8e-2, "fp8": 0.16}
 """Whole generations: relative error of the latents against the torch reference, of the same precision and of fp32. Half
 precision errors are multiplied along the reverse chains, so that two correct implementations of one half-precision
-network differ about as much as each differs from fp32. Of quantised ones about four times what mar-digits measures
+network differ about as much as each differs from fp32. Of quantised ones three to four times what mar-digits measures
 (docs/quantization.md); a useless calibration is at 0.8 and more."""
 
 

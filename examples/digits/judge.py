@@ -27,7 +27,7 @@ class Judge:
 
     def accuracy(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:
         """Share of images uint8 [n, 32, 32, 3] that are taken for the class they were asked to be."""
-        return float(np.mean(self.classifier.predict(_features(images)) == labels))
+        return float(np.mean(self.classifier.predict(small_images(images)) == labels))
 
 
 def train_judge(seed: int = 0) -> Judge:
@@ -39,6 +39,7 @@ def train_judge(seed: int = 0) -> Judge:
     return Judge(classifier, float(classifier.score(held_out, held_out_labels)))
 
 
-def _features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+def small_images(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """uint8 [n, 32, 32, 3] -> [n, 64] in [0, 1], averaged over 4x4 pixels."""
     grey = images[..., 0].astype(np.float64) / 255
     return grey.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4)).reshape(-1, 64)

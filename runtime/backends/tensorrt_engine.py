@@ -6,6 +6,7 @@ shape TensorRT puts deferred work into the next enqueue, which must not be recor
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..engines import FLAVOURS, EngineSet, rebuild_command, uncovered
 from ..errors import BackendError
+from ..files import atomic_path, cache_dir
 from ..graphs import GraphSpec, TensorSpec
 from ..shapes import covering
 from .tensorrt_library import LogCollector
@@ -63,6 +65,38 @@ class EngineCall:
         self._context = None
 
 
+class RuntimeCache:
+    """TensorRT-RTX compiles kernels when a context is made: once for all contexts of an engine, and kept on disk.
+
+    The library checks a stored cache against version, GPU and driver by itself, and starts afresh if it does not fit.
+    """
+
+    def __init__(self, engine_sha256: str) -> None:
+        self._path = cache_dir() / "kernels" / f"{engine_sha256}.cache"
+        self._runtime_cache: Any = None
+        self._loaded = b""
+
+    def attach(self, runtime_config: Any) -> None:
+        """Gives a context's settings the engine's cache."""
+        if self._runtime_cache is None:
+            self._runtime_cache = runtime_config.create_runtime_cache()
+            with contextlib.suppress(OSError):
+                self._loaded = self._path.read_bytes()
+                self._runtime_cache.deserialize(self._loaded)
+        runtime_config.set_runtime_cache(self._runtime_cache)
+
+    def save(self) -> None:
+        """Keeps what was compiled; a cache that cannot be written only costs time."""
+        if self._runtime_cache is None:
+            return
+        serialized = self._runtime_cache.serialize()
+        content = b"" if serialized is None else bytes(serialized)
+        if content and content != self._loaded:
+            with contextlib.suppress(OSError), atomic_path(self._path) as temporary:
+                temporary.write_bytes(content)
+        self._runtime_cache = None
+
+
 class Engine:
     """A deserialized engine."""
 
@@ -87,6 +121,7 @@ class Engine:
             )
         self._runtime: Any = runtime
         self._engine: Any = engine
+        self._kernels = RuntimeCache(own.graphs[kind].engine.sha256)
         self._check()
 
     def _check(self) -> None:
@@ -151,6 +186,7 @@ class Engine:
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
         runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        self._kernels.attach(runtime_config)
         return engine.create_execution_context(runtime_config)
 
     def _check_output(self, context: Any, tensor: TensorSpec, sizes: Mapping[str, int]) -> None:
@@ -160,6 +196,7 @@ class Engine:
 
     def close(self) -> None:
         """Contexts first, then the engine, then its runtime: TensorRT wants them gone in this order."""
+        self._kernels.save()
         for call in self._calls.values():
             call.close()
         self._calls.clear()

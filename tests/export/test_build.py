@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from gtr_deploy.export import build as build_module
-from gtr_deploy.runtime import folders
 from gtr_deploy.export.build import BuildRequest, build, default_out
+from gtr_deploy.runtime import folders
 from gtr_deploy.runtime.bundle import Bundle
 from gtr_deploy.runtime.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, UsageError

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from gtr_deploy.export import download as module
-from gtr_deploy.export.download import MEBIBYTE, cache_dir, download, find_or_download
+from gtr_deploy.export.download import MEBIBYTE, download, find_or_download
 from gtr_deploy.export.zoo import WeightSource
 from gtr_deploy.runtime.errors import GtrError
+from gtr_deploy.runtime.files import cache_dir
 
 CONTENT = bytes(range(256)) * 2048  # 512 KiB
 

@@ -375,6 +375,7 @@ def make_module(machine: FakeMachine, flavour: str = "tensorrt", version: str = 
     module.DataType, module.TensorIOMode = DataType, TensorIOMode
     module.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     if rtx:
-        module.IRuntimeConfig, module.CudaGraphStrategy = IRuntimeConfig, types.CudaGraphStrategy
+        module.IRuntimeConfig, module.IRuntimeCache = IRuntimeConfig, types.IRuntimeCache
+        module.CudaGraphStrategy = types.CudaGraphStrategy
         module.DynamicShapesKernelSpecializationStrategy = types.DynamicShapesKernelSpecializationStrategy
     return module

@@ -85,10 +85,27 @@ class ILogger:
         raise NotImplementedError("log() must be overridden")
 
 
+class IRuntimeCache:
+    """Compiled kernels: here, how many contexts were made with it, now and in stored runs."""
+
+    def __init__(self) -> None:
+        self.contexts = 0
+
+    def serialize(self) -> bytes:
+        return b"kernels %d" % self.contexts
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(b"kernels "):
+            return False
+        self.contexts = int(blob.split()[1])
+        return True
+
+
 class IRuntimeConfig:
     """TensorRT-RTX's settings of a context."""
 
     def __init__(self) -> None:
+        self._cache: IRuntimeCache | None = None
         self._strategy = ExecutionContextAllocationStrategy.STATIC
         self._graphs = CudaGraphStrategy.DISABLED
         self._kernels = DynamicShapesKernelSpecializationStrategy.LAZY
@@ -100,6 +117,14 @@ class IRuntimeConfig:
     @cuda_graph_strategy.setter
     def cuda_graph_strategy(self, strategy: CudaGraphStrategy) -> None:
         self._graphs = strategy
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        self._cache = cache
+        cache.contexts += 1
+        return True
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self._strategy = strategy

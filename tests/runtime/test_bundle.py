@@ -12,6 +12,7 @@ import pytest
 from gtr_deploy.runtime.architecture import ARCHITECTURES
 from gtr_deploy.runtime.bundle import Bundle, StoredFile
 from gtr_deploy.runtime.errors import BundleError
+from gtr_deploy.runtime.graphs import NETWORKS, ROW_GRAPHS
 
 
 def _edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -33,7 +34,7 @@ def test_a_sound_bundle(digits_bundle: Path) -> None:
     assert bundle.architecture == ARCHITECTURES["mar-digits"]
     assert bundle.precision == "fp32"
     assert bundle.plan_defaults["max_timestep"] == 950
-    assert set(bundle.graph_paths()) == {"backbone", "diffusion_step", "detail_score", "decoder"}
+    assert set(bundle.graph_paths()) == {*NETWORKS, *ROW_GRAPHS}
     assert all(files.bytes > 0 and files.opset == 20 for files in bundle.graphs.values())
 
 
@@ -53,7 +54,7 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
         (lambda m: m.update(graphs=[]), "graphs is not a dict"),
         (lambda m: m.update(max_batch=True), "max_batch is not a int"),
         (lambda m: m.update(max_batch=0), "max_batch 0 is not at least 1"),
-        (lambda m: m["precision"].update(name="fp8"), "precision 'fp8' is not one of"),
+        (lambda m: m["precision"].update(name="int4"), "precision 'int4' is not one of"),
         (lambda m: m["model"].update(width=-1), "width = -1 is not valid"),
         (lambda m: m["model"].update(label_names="cats"), "label_names 'cats'"),
         (lambda m: m["graphs"].pop("decoder"), "graphs are"),

@@ -22,6 +22,7 @@ from gtr_deploy.runtime.backends.tensorrt import KEPT_PROGRAMS, TensorRTBackend,
 from gtr_deploy.runtime.benchmark import measure
 from gtr_deploy.runtime.bundle import Bundle
 from gtr_deploy.runtime.errors import BackendError, BundleError, UsageError
+from gtr_deploy.runtime.files import cache_dir
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.plan import SamplingPlan, preset, resolve
 
@@ -331,6 +332,27 @@ def test_half_built_backends_leave_nothing(machine: FakeMachine, own_bundle: Pat
     other = replace(fake_host(machine), gpu=None, gpu_problem="no driver")
     with pytest.raises(BackendError, match="TensorRT engines need a GPU: no driver"):
         open_tensorrt(bundle, "tensorrt", machine=other)
+
+
+def test_rtx_kernels_are_compiled_once_and_kept(
+    opened: Callable[..., TensorRTBackend],
+    digits_pipeline: Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GTR_DEPLOY_CACHE", str(tmp_path / "cache"))
+    folder = cache_dir() / "kernels"
+    for runs in range(1, 3):
+        backend = opened("tensorrt-rtx", plans=("gtr-fast",))
+        pipeline_of(backend, digits_pipeline).generate([3], plan="gtr-fast")
+        backend.close()
+        stored = sorted(int(file.read_text().split()[1]) for file in folder.glob("*.cache"))
+        assert len(stored) == 7
+        # One cache per engine, shared by its contexts, of which the backbone has one per AR step.
+        assert stored[-1] == runs * len(digits_pipeline.plan("gtr-fast").steps)
+    for file in folder.glob("*.cache"):
+        file.write_bytes(b"damaged")
+    pipeline_of(opened("tensorrt-rtx"), digits_pipeline).generate([3], plan="gtr-fast")
 
 
 def test_bundle_lists_engines_strictly(own_bundle: Path) -> None:

@@ -1,0 +1,1 @@
+"""Post-training quantisation along the sampler's own trajectories: ranges, Q/DQ graphs, sensitivity, accuracy."""

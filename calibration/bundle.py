@@ -1,0 +1,373 @@
+"""Makes an int8 or fp8 bundle from an fp32 one: collect, find ranges, decide what to keep, write, report.
+
+Needs neither the checkpoint nor PyTorch. Writes into ``<out>.partial`` and swaps it in when it is complete; an
+interrupted run goes on with its last finished batch, and one with nothing to do ends at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..runtime.bundle import MANIFEST, Bundle, StoredFile
+from ..runtime.console import Reporter
+from ..runtime.errors import BundleError, GtrError, UsageError
+from ..runtime.files import write_json
+from ..runtime.folders import lock, partial_folder, settle, swap
+from ..runtime.graphs import QUANTISED
+from ..runtime.plan import SamplingPlan, preset, resolve
+from .collect import BATCH, Collected, collect
+from .data import CalibrationImages, calibration_images
+from .layers import QUANTISED_KINDS
+from .probes import Probes, image_errors, outputs, record
+from .quantize import quantise_graph
+from .ranges import DEFAULT_PERCENTILE, METHODS, Range, layer_ranges
+from .sensitivity import Bench, Kept, choose_kept
+
+FLAVOURS_OF = {"int8": ("tensorrt", "cpu"), "fp8": ("fp8",)}
+"""The first one's graphs are the bundle's main files; ``cpu`` lies beside them."""
+
+METHOD_OF = {"int8": "mse", "fp8": "max"}
+"""Measured best on mar-digits (docs/quantization.md); E4M3 has range to spare."""
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What to make; the defaults are the commands'.
+
+    Attributes:
+        source: fp32 bundle.
+        out: bundle to write.
+        precision: one of ``graphs.QUANTISED``.
+        images: number of calibration images.
+        plan: preset to sample with.
+        keep: ``auto`` or a number of layers, see :func:`~.sensitivity.choose_kept`.
+        method: one of ``ranges.METHODS``; :data:`METHOD_OF` if None.
+        percentile: of method ``percentile``.
+        labels, latents: see :func:`~.data.calibration_images`.
+        batch_size: images per batch.
+        compared: images that errors are measured on; their seeds count from 0.
+        threads: of one call.
+        force: do everything again.
+    """
+
+    source: Path
+    out: Path
+    precision: str = "int8"
+    images: int = 64
+    plan: str = "gtr"
+    keep: int | str = "auto"
+    method: str | None = None
+    percentile: float = DEFAULT_PERCENTILE
+    labels: Sequence[int] | None = None
+    latents: Path | None = None
+    batch_size: int = BATCH
+    compared: int = 4
+    threads: int | None = None
+    force: bool = False
+
+
+@dataclass
+class CalibrationResult:
+    """What a run did: ``built`` or ``cached``, and the report that is in the bundle."""
+
+    bundle: Path
+    state: str
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source bundle, read and found fit for quantisation."""
+
+    bundle: Bundle
+    graphs: Mapping[str, Path]
+    plan: SamplingPlan
+    images: CalibrationImages
+
+
+def prepare(request: CalibrationRequest) -> Prepared:
+    """Checks the request before the long part.
+
+    Raises:
+        UsageError, BundleError: settings out of range, calibration data that does not fit, or a source of another
+            precision than fp32.
+    """
+    if request.precision not in QUANTISED:
+        raise UsageError(f"precision {request.precision!r} is not one of {', '.join(QUANTISED)}")
+    if request.method not in (None, *METHODS):
+        raise UsageError(f"calibration method {request.method!r} is not one of {', '.join(METHODS)}")
+    if request.precision == "fp8" and request.method in ("mse", "entropy"):
+        raise UsageError(f"calibration method {request.method} is for integers; fp8 takes max or percentile")
+    if request.compared < 1:
+        raise UsageError("no images to compare on; give at least 1")
+    source = Bundle.load(request.source)
+    if source.precision in QUANTISED:
+        raise UsageError(f"{request.source} is quantised already ({source.precision}); start from an fp32 bundle")
+    if source.precision != "fp32":
+        raise UsageError(f"{request.source} is {source.precision}; calibration starts from an fp32 bundle")
+    architecture = source.architecture
+    plan = resolve(preset(request.plan, architecture, source.plan_defaults), architecture)
+    images = calibration_images(architecture, request.images, request.labels, latents=request.latents)
+    return Prepared(source, source.graph_paths(), plan, images)
+
+
+def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> CalibrationResult:
+    """Writes the quantised bundle with ``reports/calibration.json``, or finds that it is there.
+
+    Raises:
+        UsageError, BundleError: see :func:`prepare`.
+        GtrError: the folder is in the way, another process writes it, or the gate cannot be held.
+    """
+    if request.out.resolve() == request.source.resolve():
+        raise UsageError(f"--out {request.out} is the source itself; choose another folder")
+    prepared = prepare(request)
+    stages, batch = prepared.bundle.manifest["source"]["stages"], prepared.bundle.max_batch
+    key = calibration_key(request, stages, prepared.images, batch)
+    with lock(request.out):
+        settle(request.out)
+        if (report := finished(request, prepared.bundle.architecture.name, key)) is not None:
+            return CalibrationResult(request.out, "cached", report)
+        partial = partial_folder(request.out)
+        if request.force:
+            shutil.rmtree(partial, ignore_errors=True)
+        (partial / "graphs").mkdir(parents=True, exist_ok=True)
+        (partial / MANIFEST).unlink(missing_ok=True)
+        start = time.monotonic()
+        statistics = partial / "statistics.npz"
+        collected = collect(
+            prepared.bundle.architecture, prepared.graphs, prepared.plan, prepared.images, reporter, statistics,
+            request.batch_size, request.threads,
+        )  # fmt: skip
+        report = _write(request, prepared, collected, key, partial, reporter)
+        report["seconds"] = time.monotonic() - start
+        Bundle.load(partial).write_report("calibration", report)
+        statistics.unlink()
+        swap(partial, request.out)
+    return CalibrationResult(request.out, "built", report)
+
+
+def calibration_key(
+    request: CalibrationRequest, stages: Mapping[str, str], images: CalibrationImages, max_batch: int
+) -> str:
+    """Hash of everything that the quantised bundle depends on.
+
+    Args:
+        stages: the keys of the source's graphs, from its manifest.
+        max_batch: the source's.
+    """
+    latents = None if images.latents is None else hashlib.sha256(images.latents.tobytes()).hexdigest()
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(file.read_bytes())
+    depends = {
+        "stages": [dict(stages), max_batch],
+        "settings": [request.precision, request.plan, request.keep, request.method, request.percentile],
+        "images": [images.labels, images.seeds, latents, request.batch_size, request.compared],
+        "code": code.hexdigest(),
+        "tools": [version("onnx"), _runtime_version()],
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _runtime_version() -> str:
+    import onnxruntime
+
+    return onnxruntime.__version__
+
+
+def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, Any] | None:
+    """The report of a finished bundle of this very key; None if there is nothing.
+
+    Raises:
+        GtrError: something else is in the way.
+    """
+    out = request.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        old = Bundle.load(out)
+    except BundleError as error:
+        if request.force and (out / MANIFEST).is_file():
+            return None
+        raise GtrError(f"{out} is in the way ({error}); choose another folder with --out") from None
+    if request.force:
+        return None
+    found, wanted = (old.architecture.name, old.precision), (model, request.precision)
+    if found != wanted:
+        difference = f"{out} holds {' '.join(found)}, this one is {' '.join(wanted)}"
+        raise GtrError(f"{difference}; --force replaces it, --out puts it elsewhere")
+    if old.manifest["source"].get("calibration") != key:
+        return None
+    try:
+        old.graph_paths(checksums=False)
+        old.graph_paths(checksums=False, target="cpu")
+        return old.read_report("calibration")
+    except BundleError:
+        return None
+
+
+def ranges_of(request: CalibrationRequest, flavour: str, collected: Collected) -> dict[str, Range]:
+    """Ranges by the request's method, or the precision's own."""
+    method = request.method or METHOD_OF[request.precision]
+    grid = "fp8" if flavour == "fp8" else "integer"
+    return layer_ranges(collected.all, method, flavour != "cpu", request.percentile, grid)
+
+
+def bench_of(request: CalibrationRequest, flavour: str, reporter: Reporter) -> Bench:
+    """Calibrates, and makes ready to measure; writes no bundle.
+
+    Raises:
+        UsageError, BundleError: see :func:`prepare`.
+    """
+    prepared = prepare(request)
+    architecture, plan = prepared.bundle.architecture, prepared.plan
+    collected = collect(
+        architecture, prepared.graphs, plan, prepared.images, reporter, None, request.batch_size, request.threads
+    )
+    probes = compared_images(request, prepared)
+    ranges = ranges_of(request, flavour, collected)
+    return Bench(architecture, prepared.graphs, plan, ranges, probes, flavour, request.threads)
+
+
+def compared_images(request: CalibrationRequest, prepared: Prepared) -> Probes:
+    """Float generations to measure errors on, of other seeds than calibration's."""
+    architecture = prepared.bundle.architecture
+    images = calibration_images(architecture, request.compared, first_seed=0)
+    graphs, labels = prepared.graphs, images.labels
+    return record(architecture, graphs, prepared.plan, labels, images.seeds, request.threads)
+
+
+def _write(
+    request: CalibrationRequest, prepared: Prepared, collected: Collected, key: str, partial: Path, reporter: Reporter
+) -> dict[str, Any]:
+    bundle = prepared.bundle
+    with reporter.stage(f"{request.compared} images to compare with"):
+        probes = compared_images(request, prepared)
+    files: dict[str, dict[str, dict[str, Any]]] = {}
+    flavours: dict[str, Any] = {}
+    for flavour in FLAVOURS_OF[request.precision]:
+        ranges = ranges_of(request, flavour, collected)
+        bench = Bench(
+            bundle.architecture, prepared.graphs, prepared.plan, ranges, probes, flavour, request.threads
+        )  # fmt: skip
+        with reporter.stage(f"what {flavour} graphs keep in high precision"):
+            kept, costs = choose_kept(bench, request.keep, reporter)
+        reporter.say(f"{flavour}: kept {', '.join(kept.layers)} ({kept.why})")
+        main = flavour != "cpu"
+        written: dict[str, Path] = {}
+        for kind in QUANTISED_KINDS:
+            written[kind] = partial / "graphs" / ("" if main else "cpu") / f"{kind}.onnx"
+            names = [layer.name for layer in bench.layers[kind]]
+            keep = [name for name in kept.layers if name in names]
+            quantise_graph(prepared.graphs[kind], written[kind], ranges, flavour, keep)
+            files.setdefault(kind, {})["main" if main else "cpu"] = _stored(partial, written[kind])
+        flavours[flavour] = _measured(bench, kept, written, request, probes)
+        flavours[flavour]["costs"] = [cost.to_json() for cost in costs]
+    for kind, source in bundle.graphs.items():
+        if kind not in QUANTISED_KINDS:
+            files[kind] = {"main": {"model": source.model.to_json(), "data": None}}
+            for stored in (source.model, source.data):
+                if stored is not None:
+                    _link(bundle.folder / stored.file, partial / stored.file)
+            if source.data is not None:
+                files[kind]["main"]["data"] = source.data.to_json()
+    main = flavours[FLAVOURS_OF[request.precision][0]]
+    write_json(partial / MANIFEST, _manifest(request, bundle, key, files, main["kept"]))
+    return {
+        "model": bundle.architecture.name,
+        "precision": request.precision,
+        "plan": prepared.plan.settings.to_json(),
+        "images": collected.images,
+        "own_latents": prepared.images.latents is not None,
+        "method": request.method or METHOD_OF[request.precision],
+        "compared_images": request.compared,
+        "memory_grown": collected.grown,
+        "flavours": flavours,
+    }
+
+
+def _measured(
+    bench: Bench, kept: Kept, written: Mapping[str, Path], request: CalibrationRequest, probes: Probes
+) -> dict[str, Any]:
+    """Errors, sizes and shares of one flavour's graphs."""
+    exact = bench.flavour != "cpu"
+    errors: dict[str, Any] = {}
+    for kind, name in zip(QUANTISED_KINDS, ("z", "eps"), strict=True):
+        found = outputs(written[kind], probes.inputs[kind], request.threads, optimised=not exact)
+        errors[name] = probes.error(kind, found)
+        if kind == "diffusion_step":
+            errors["eps_by_timestep"] = {str(t): error for t, error in probes.eps_errors(found).items()}
+    from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+    graphs = {"detail_score": bench.graphs["detail_score"], **written}
+    backend = OnnxRuntimeBackend(graphs, request.threads, "cpu", optimised=not exact)
+    images = image_errors(bench.architecture, backend, bench.plan, probes)
+    share, sizes = {}, {}
+    for kind, layers in bench.layers.items():
+        work = {layer.name: layer.shape[0] * layer.shape[1] for layer in layers}
+        done = sum(amount for name, amount in work.items() if name not in kept.layers)
+        share[kind] = done / sum(work.values())
+        sizes[kind] = {"bytes": _bytes(written[kind]), "fp32_bytes": _bytes(bench.graphs[kind])}
+    return {
+        "kept": list(kept.layers),
+        "why": kept.why,
+        "gate": kept.gate,
+        "errors": errors,
+        "image_errors": [float(error) for error in images],
+        "median_image_error": kept.image_error,
+        "share_of_multiplications": share,
+        "sizes": sizes,
+    }
+
+
+def _bytes(path: Path) -> int:
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+
+
+def _stored(folder: Path, path: Path) -> dict[str, Any]:
+    relative = path.relative_to(folder).as_posix()
+    data = f"{relative}.data"
+    return {
+        "model": StoredFile.of(folder, relative).to_json(),
+        "data": StoredFile.of(folder, data).to_json() if (folder / data).is_file() else None,
+    }
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _manifest(
+    request: CalibrationRequest, bundle: Bundle, key: str, files: Mapping[str, Mapping[str, Any]], kept: Sequence[str]
+) -> dict[str, Any]:
+    graphs = {}
+    for kind, entry in bundle.manifest["graphs"].items():
+        graphs[kind] = {**entry, **files[kind]["main"], "cpu": files[kind].get("cpu")}
+    return {
+        **bundle.manifest,
+        "precision": {
+            "name": request.precision,
+            "networks": f"{request.precision} products with constant weights",
+            "float32": ["all else", "attention products", *kept],
+        },
+        "graphs": graphs,
+        "engines": [],
+        "source": {**bundle.manifest["source"], "calibration": key},
+        "tools": {**bundle.manifest["tools"], "onnx": version("onnx"), "onnxruntime": _runtime_version()},
+        "reports": {},
+    }

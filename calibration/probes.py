@@ -1,0 +1,180 @@
+"""How far a quantised graph is from its float original: on inputs recorded along a real generation, and in images.
+
+The head is asked for eps itself: with coefficients that pass nothing else, the reverse step's output is minus the
+guided noise that the head predicts, without a change to the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.architecture import Architecture
+from ..runtime.backends.base import Condition, DiffusionChain, Floats, Integers
+from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ..runtime.diffusion import COEFFICIENTS, cosine_betas
+from ..runtime.errors import BackendError, UsageError
+from ..runtime.noise import SeededNoise
+from ..runtime.plan import SamplingPlan
+from ..runtime.sampler import sample
+
+#: x0 = 0 x - 1 eps; x_next = 1 x0 + 0 x + no noise.
+_ONLY_EPS = {"sqrt_recipm1_alpha_bar": 1.0, "posterior_mean_x0": 1.0}
+
+Call = dict[str, NDArray[Any]]
+
+#: What is recorded, and what the sampler needs besides for FTS.
+_PROBED = ("backbone", "diffusion_step")
+_SAMPLED = (*_PROBED, "detail_score")
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Recorded inputs and what the float graphs make of them.
+
+    Attributes:
+        inputs: graph kind to inputs of a few calls, spread over AR steps and diffusion timesteps.
+        expected: graph kind to the float outputs: z [G, B, P, D], guided eps [N, C].
+        timesteps: largest diffusion timestep of each call of the head.
+        labels, seeds: the images they come from.
+        latents: float32 [n, L, C], the float graphs' images.
+    """
+
+    inputs: dict[str, list[Call]]
+    expected: dict[str, list[Floats]]
+    timesteps: tuple[int, ...]
+    labels: tuple[int, ...]
+    seeds: tuple[int, ...]
+    latents: Floats
+
+    def error(self, kind: str, found: Sequence[Floats]) -> float:
+        """Relative error of a graph's outputs.
+
+        The head's rows count with their noise level sqrt(1 - alpha_bar), which is how far an error of eps moves a
+        token: at t = 0 the head's eps is ill-conditioned, and next to nothing depends on it.
+        """
+        if kind != "diffusion_step":
+            return relative_error(found, self.expected[kind])
+        level = np.sqrt(1 - np.cumprod(1 - cosine_betas()))
+        weights = [level[call["timestep"]][:, None] for call in self.inputs[kind]]
+        pairs = zip(found, self.expected[kind], weights, strict=True)
+        weighted = [(output * weight, wanted * weight) for output, wanted, weight in pairs]
+        return relative_error([a for a, _ in weighted], [b for _, b in weighted])
+
+    def eps_errors(self, found: Sequence[Floats]) -> dict[int, float]:
+        """Relative error of eps per recorded diffusion timestep, not weighted."""
+        calls = zip(self.timesteps, found, self.expected["diffusion_step"], strict=True)
+        grouped: dict[int, list[tuple[Floats, Floats]]] = {}
+        for timestep, output, wanted in calls:
+            grouped.setdefault(timestep, []).append((output, wanted))
+        return {t: relative_error(*zip(*grouped[t], strict=True)) for t in sorted(grouped, reverse=True)}
+
+
+class _Recorder(OnnxRuntimeBackend):
+    """Keeps the inputs of some calls."""
+
+    def __init__(self, graphs: Mapping[str, Path], threads: int | None, ar_steps: frozenset[int], calls: int) -> None:
+        self.inputs: dict[str, list[Call]] = {"backbone": [], "diffusion_step": []}
+        self._ar_steps, self._calls = ar_steps, calls
+        self._ar_step, self._wanted, self._call = -1, frozenset[int](), 0
+        super().__init__(graphs, threads, "cpu")
+
+    def condition(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
+    ) -> Condition:
+        self._ar_step = self._ar_step + 1 if visible.shape[1] else 0
+        return super().condition(tokens, visible, predict, context, labels)
+
+    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
+        total = sum(len(segment.timesteps) for segment in chain.segments)
+        self._wanted = frozenset(np.linspace(0, total - 1, min(self._calls, total)).astype(int).tolist())
+        self._call = 0
+        return super().denoise(condition, chain)
+
+    def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        if kind == "diffusion_step":
+            wanted = self._call in self._wanted
+            self._call += 1
+        else:
+            wanted = kind == "backbone"
+        if wanted and self._ar_step in self._ar_steps:
+            self.inputs[kind].append({name: np.array(value) for name, value in inputs.items()})
+        return super().run(kind, inputs)
+
+
+def record(
+    architecture: Architecture,
+    graphs: Mapping[str, Path],
+    plan: SamplingPlan,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    threads: int | None = None,
+    ar_steps: int = 6,
+    calls: int = 5,
+) -> Probes:
+    """Generates the images with the float graphs and keeps some calls.
+
+    Args:
+        architecture: the model.
+        graphs: graph kind to float graph.
+        plan: resolved for the model.
+        labels, seeds: one batch of images.
+        threads: of one call.
+        ar_steps: number of AR steps to keep calls of, evenly spread.
+        calls: reverse steps to keep of each of them, evenly spread.
+    """
+    if not labels:
+        raise UsageError("no images to compare on; give at least 1")
+    chosen = np.linspace(0, len(plan.steps) - 1, min(ar_steps, len(plan.steps))).astype(int)
+    wanted = {kind: path for kind, path in graphs.items() if kind in _SAMPLED}
+    backend = _Recorder(wanted, threads, frozenset(chosen.tolist()), calls)
+    noise = SeededNoise(seeds, architecture.token_channels)
+    latents = sample(backend, plan, architecture, list(labels), list(seeds), noise)
+    for call in backend.inputs["diffusion_step"]:
+        call["coefficients"] = np.zeros_like(call["coefficients"])
+        for name, value in _ONLY_EPS.items():
+            call["coefficients"][:, COEFFICIENTS.index(name)] = value
+    expected = {kind: outputs(graphs[kind], calls, threads) for kind, calls in backend.inputs.items()}
+    timesteps = tuple(int(call["timestep"].max()) for call in backend.inputs["diffusion_step"])
+    return Probes(backend.inputs, expected, timesteps, tuple(labels), tuple(seeds), latents)
+
+
+def outputs(graph: Path, calls: Sequence[Call], threads: int | None = None, optimised: bool = True) -> list[Floats]:
+    """First output of each call.
+
+    Args:
+        graph: the file.
+        calls: its inputs.
+        threads: of one call.
+        optimised: False leaves ONNX Runtime's graph optimisations out, without which it has no E4M3 products.
+    """
+    backend = OnnxRuntimeBackend({"graph": graph}, threads, "cpu", optimised=optimised)
+    return [backend.run("graph", call)[0] for call in calls]
+
+
+def relative_error(found: Sequence[Floats], expected: Sequence[Floats]) -> float:
+    """Norm of all differences over norm of all expected values; infinite where a value is not finite."""
+    difference = sum(float(np.square(a.astype(np.float64) - b).sum()) for a, b in zip(found, expected, strict=True))
+    norm = sum(float(np.square(b.astype(np.float64)).sum()) for b in expected)
+    error = float(np.sqrt(difference / max(norm, 1e-30)))
+    return error if np.isfinite(error) else float("inf")
+
+
+def image_errors(
+    architecture: Architecture, backend: OnnxRuntimeBackend, plan: SamplingPlan, probes: Probes
+) -> NDArray[np.float64]:
+    """Relative error of each image's latents against the float graphs' [n]; infinite where the chain overflowed."""
+    noise = SeededNoise(probes.seeds, architecture.token_channels)
+    try:
+        found = sample(backend, plan, architecture, list(probes.labels), list(probes.seeds), noise)
+    except BackendError as error:
+        if "not finite" not in str(error):
+            raise
+        return np.full(len(probes.labels), np.inf)
+    difference = np.linalg.norm((found - probes.latents).reshape(len(found), -1).astype(np.float64), axis=1)
+    return difference / np.linalg.norm(probes.latents.reshape(len(found), -1), axis=1)

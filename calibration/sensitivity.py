@@ -1,0 +1,240 @@
+"""What each layer costs when it alone is quantised, and which layers must stay in high precision for the gate to hold.
+
+Errors are those of the arithmetic that the flavour means: graphs for TensorRT and FP8 are evaluated without ONNX
+Runtime's optimisations, because its 8-bit products saturate on CPUs without VNNI.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.architecture import Architecture
+from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ..runtime.console import Reporter
+from ..runtime.errors import GtrError, UsageError
+from ..runtime.graphs import IMAGE_TOLERANCES
+from ..runtime.plan import SamplingPlan
+from .layers import DEFAULT_KEEP, QUANTISED_KINDS, Layer, quantisable, read_graph
+from .probes import Probes, image_errors, outputs
+from .quantize import quantise_graph
+from .ranges import Range
+
+GATES = {"cpu": IMAGE_TOLERANCES["int8"], "tensorrt": IMAGE_TOLERANCES["int8"], "fp8": IMAGE_TOLERANCES["fp8"]}
+"""Largest median over images of the latents' relative error against the float graphs that a flavour may cost."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs alone.
+
+    Attributes:
+        layer: its name.
+        graph: kind of the graph it is in.
+        group: its kind, whatever the depth.
+        multiplications: per row, as a share of all layers of its graph.
+        error: relative error that quantising it alone adds to the graph's output: z, or eps at its noise level.
+        image_error: median relative error of whole images; None where that was not measured.
+        contribution: share of the squared image error that is put down to the layer; they add up to about 1.
+    """
+
+    layer: str
+    graph: str
+    group: str
+    multiplications: float
+    error: float
+    image_error: float | None
+    contribution: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What ``keep`` decided.
+
+    Attributes:
+        layers: names left in high precision.
+        image_error: median of the images with the rest quantised.
+        gate: the limit; None where a number of layers was asked for.
+        why: one line for people.
+    """
+
+    layers: tuple[str, ...]
+    image_error: float
+    gate: float | None
+    why: str
+
+
+class Bench:
+    """Quantises graphs of one model into a scratch folder and measures them against their originals."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        graphs: Mapping[str, Path],
+        plan: SamplingPlan,
+        ranges: Mapping[str, Range],
+        probes: Probes,
+        flavour: str,
+        threads: int | None = None,
+    ) -> None:
+        self.architecture, self.graphs, self.plan = architecture, dict(graphs), plan
+        self.ranges, self.probes, self.flavour, self.threads = ranges, probes, flavour, threads
+        self._exact = flavour != "cpu"
+        self.layers: dict[str, list[Layer]] = {kind: quantisable(read_graph(graphs[kind])) for kind in QUANTISED_KINDS}
+
+    @property
+    def names(self) -> list[str]:
+        """Of all layers, in the order they run."""
+        return [layer.name for layers in self.layers.values() for layer in layers]
+
+    def graph_error(self, kind: str, only: Sequence[str]) -> float:
+        """Relative error of one graph's output with ``only`` these layers quantised."""
+        with tempfile.TemporaryDirectory(prefix="gtr-sensitivity-") as scratch:
+            target = Path(scratch) / f"{kind}.onnx"
+            quantise_graph(self.graphs[kind], target, self.ranges, self.flavour, only=only)
+            found = outputs(target, self.probes.inputs[kind], self.threads, optimised=not self._exact)
+        return self.probes.error(kind, found)
+
+    def image_error(self, only: Sequence[str]) -> float:
+        """Median relative error of whole images with ``only`` these layers quantised."""
+        with tempfile.TemporaryDirectory(prefix="gtr-sensitivity-") as scratch:
+            graphs = {"detail_score": self.graphs["detail_score"]}
+            for kind, layers in self.layers.items():
+                chosen = [layer.name for layer in layers if layer.name in only]
+                graphs[kind] = self.graphs[kind]
+                if chosen:
+                    graphs[kind] = Path(scratch) / f"{kind}.onnx"
+                    quantise_graph(self.graphs[kind], graphs[kind], self.ranges, self.flavour, only=chosen)
+            backend = OnnxRuntimeBackend(graphs, self.threads, "cpu", optimised=not self._exact)
+            return float(np.median(image_errors(self.architecture, backend, self.plan, self.probes)))
+
+
+def layer_costs(bench: Bench, reporter: Reporter, images: bool = False) -> list[LayerCost]:
+    """Every layer alone, worst first.
+
+    Args:
+        bench: what to measure with.
+        reporter: gets the progress.
+        images: generate whole images for each layer, too; slow.
+    """
+    total = sum(len(layers) for layers in bench.layers.values())
+    costs: list[LayerCost] = []
+    with reporter.bar("sensitivity", total + len(bench.layers), "layers") as bar:
+        for kind, layers in bench.layers.items():
+            whole = bench.image_error([layer.name for layer in layers])
+            bar.advance()
+            work = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+            errors = {}
+            image: dict[str, float | None] = {}
+            for layer in layers:
+                errors[layer.name] = bench.graph_error(kind, [layer.name])
+                image[layer.name] = bench.image_error([layer.name]) if images else None
+                bar.advance()
+            squares = sum(error**2 for error in errors.values()) or 1.0
+            for layer in layers:
+                costs.append(
+                    LayerCost(
+                        layer.name,
+                        kind,
+                        layer.group,
+                        layer.shape[0] * layer.shape[1] / work,
+                        errors[layer.name],
+                        image[layer.name],
+                        whole**2 * errors[layer.name] ** 2 / squares,
+                    )
+                )
+    everything = sum(cost.contribution for cost in costs) or 1.0
+    costs = [LayerCost(**{**asdict(cost), "contribution": cost.contribution / everything}) for cost in costs]
+    return sorted(costs, key=lambda cost: -cost.contribution)
+
+
+def choose_kept(
+    bench: Bench, keep: int | str, reporter: Reporter, gate: float | None = None, default: Sequence[str] = DEFAULT_KEEP
+) -> tuple[Kept, list[LayerCost]]:
+    """Which layers stay in high precision.
+
+    Args:
+        bench: what to measure with.
+        keep: a number of layers, the worst; or ``auto``: as few as the gate needs.
+        reporter: gets the progress.
+        gate: largest median relative error of whole images; :data:`GATES` by default.
+        default: kept in any case.
+
+    Returns:
+        The decision, and the costs that it rests on (empty where the gate held at once).
+
+    Raises:
+        UsageError: a number out of range, or another word than auto.
+        GtrError: the gate does not hold even if one layer alone is quantised.
+    """
+    names = bench.names
+    fixed = [name for name in default if name in names]
+    others = len(names) - len(fixed)
+
+    def measured(kept: Sequence[str]) -> float:
+        return bench.image_error([name for name in names if name not in kept])
+
+    if keep != "auto":
+        if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= others:
+            raise UsageError(f"--keep {keep!r} is neither auto nor a number in 0..{others}")
+        costs = layer_costs(bench, reporter) if keep else []
+        kept = [*fixed, *_worst(costs, fixed, keep)]
+        error = measured(kept)
+        return Kept(tuple(kept), error, None, f"the {keep} worst layers; median image error {error:.3g}"), costs
+    limit = GATES[bench.flavour] if gate is None else gate
+    error = measured(fixed)
+    if error <= limit:
+        why = f"no more is needed: median image error {error:.3g}, gate {limit:g}"
+        return Kept(tuple(fixed), error, limit, why), []
+    first, costs = error, layer_costs(bench, reporter)
+    order = _worst(costs, fixed, others)
+    low, high, count = 0, None, 1
+    results: dict[int, float] = {}
+    while high is None:
+        count = min(count, others - 1)
+        results[count] = measured([*fixed, *order[:count]])
+        if results[count] <= limit:
+            high = count
+        elif count == others - 1:
+            raise GtrError(
+                f"the gate {limit:g} does not hold with one layer quantised ({results[count]:.3g}); use fp16"
+            )
+        else:
+            low, count = count, 2 * count
+    while high - low > 1:
+        middle = (low + high) // 2
+        results[middle] = measured([*fixed, *order[:middle]])
+        low, high = (low, middle) if results[middle] <= limit else (middle, high)
+    kept, why = [*fixed, *order[:high]], f"median image error {first:.3g} -> {results[high]:.3g}, gate {limit:g}"
+    return Kept(tuple(kept), results[high], limit, why), costs
+
+
+def _worst(costs: Sequence[LayerCost], fixed: Sequence[str], count: int) -> list[str]:
+    return [cost.layer for cost in costs if cost.layer not in fixed][:count]
+
+
+def cost_rows(costs: Sequence[LayerCost], kept: Sequence[str] = ()) -> list[list[str]]:
+    """For a table: layer, share of multiplications, error, share of the image error, kept."""
+    return [
+        [
+            cost.layer,
+            f"{cost.multiplications:.1%}",
+            f"{cost.error:.5f}",
+            "" if cost.image_error is None else f"{cost.image_error:.4f}",
+            f"{cost.contribution:.1%}",
+            "kept" if cost.layer in kept else "",
+        ]
+        for cost in costs
+    ]
+
+
+COST_COLUMNS = ["layer", "multiplications", "error alone", "image error", "contribution", ""]

@@ -1,0 +1,179 @@
+"""Collecting along the sampler: what is seen, resuming after a kill, the user's own data, bad data."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from calibrated import Calibrated
+
+from gtr_deploy.calibration.collect import CollectingBackend, collect
+from gtr_deploy.calibration.data import calibration_images
+from gtr_deploy.calibration.quantize import quantise_graph
+from gtr_deploy.runtime.architecture import ARCHITECTURES
+from gtr_deploy.runtime.console import Reporter
+from gtr_deploy.runtime.errors import BackendError, UsageError
+
+ARCHITECTURE = ARCHITECTURES["mar-digits"]
+QUIET = Reporter(quiet=True)
+
+
+def test_every_layer_is_seen_over_the_whole_trajectory(calibrated: Calibrated) -> None:
+    statistics = calibrated.collected.statistics
+    assert set(statistics) == {"backbone", "diffusion_step"}
+    assert len(statistics["backbone"]) == 33
+    assert len(statistics["diffusion_step"]) == 14
+    assert all(seen.values for seen in calibrated.collected.all.values())
+    # Both branches, every row, every reverse step.
+    rows = sum(
+        2 * 10 * (step.predicted * step.diffusion_steps + step.refined * (step.refined_diffusion_steps or 0))
+        - 2 * 10 * step.refined * step.diffusion_steps
+        for step in calibrated.plan.steps
+    )
+    assert statistics["diffusion_step"]["head.cond_embed"].values == rows * ARCHITECTURE.width
+
+
+def test_watching_changes_no_image(calibrated: Calibrated) -> None:
+    backend = CollectingBackend(calibrated.graphs, threads=1)
+    from gtr_deploy.calibration.probes import image_errors
+
+    assert image_errors(ARCHITECTURE, backend, calibrated.plan, calibrated.probes).max() < 1e-5
+
+
+def test_a_killed_run_goes_on_where_it_was(calibrated: Calibrated, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "statistics.npz"
+    program = f"""
+from pathlib import Path
+from gtr_deploy.calibration.collect import collect
+from gtr_deploy.calibration.data import calibration_images
+from gtr_deploy.runtime import Bundle
+from gtr_deploy.runtime.console import Reporter
+from gtr_deploy.runtime.plan import preset, resolve
+bundle = Bundle.load(Path({str(calibrated.graphs["backbone"].parents[1])!r}))
+plan = resolve(preset("gtr-fast", bundle.architecture, bundle.plan_defaults), bundle.architecture)
+images = calibration_images(bundle.architecture, 1000)
+collect(bundle.architecture, bundle.graph_paths(), plan, images, Reporter(), Path({str(checkpoint)!r}), 2, 1)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    with np.load(checkpoint) as stored:
+        done = int(stored["done"])
+    assert done >= 2
+    graphs, plan = calibrated.graphs, calibrated.plan
+    images = calibration_images(ARCHITECTURE, 1000)
+    # The same run with its end in sight: the record says what it is a record of.
+    short = type(images)(images.labels[: done + 2], images.seeds[: done + 2])
+    assert collect(ARCHITECTURE, graphs, plan, short, QUIET, tmp_path / "other.npz", 2, 1).resumed == 0
+    with np.load(tmp_path / "other.npz") as stored:
+        identity = stored["identity"]
+    with np.load(checkpoint) as stored:
+        arrays = {**stored, "identity": identity}
+    np.savez(checkpoint, **arrays)
+    resumed = collect(ARCHITECTURE, graphs, plan, short, QUIET, checkpoint, 2, 1)
+    assert resumed.resumed == done
+    fresh = collect(ARCHITECTURE, graphs, plan, short, QUIET, tmp_path / "other.npz", 2, 1)
+    assert fresh.resumed == done + 2  # a finished record is simply read
+    for name, seen in fresh.all.items():
+        np.testing.assert_array_equal(seen.bins, resumed.all[name].bins)
+        assert (seen.low, seen.high) == (resumed.all[name].low, resumed.all[name].high)
+
+
+def test_a_damaged_record_starts_again(calibrated: Calibrated, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "statistics.npz"
+    checkpoint.write_bytes(b"PK\x03\x04 not really")
+    images = calibration_images(ARCHITECTURE, 1)
+    assert collect(ARCHITECTURE, calibrated.graphs, calibrated.plan, images, QUIET, checkpoint, 1, 1).resumed == 0
+
+
+def _npz(path: Path, **arrays: np.ndarray) -> Path:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def test_own_latents_are_what_the_backbone_sees(calibrated: Calibrated, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    latents = rng.uniform(-1, 1, (2, 64, 16)).astype(np.float32)
+    path = _npz(tmp_path / "own.npz", latents=latents, labels=np.array([3, 4]))
+    images = calibration_images(ARCHITECTURE, 64, latents=path)
+    assert images.labels == (3, 4)
+    collected = collect(ARCHITECTURE, calibrated.graphs, calibrated.plan, images, QUIET, batch_size=2, threads=1)
+    assert collected.images == 2
+    own, sampled = collected.all["encoder_blocks.0.attn.qkv"], calibrated.collected.all["encoder_blocks.0.attn.qkv"]
+    assert (own.low, own.high) != (sampled.low, sampled.high)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": np.zeros((2, 63, 16), np.float32)}, r"has floats \[n, 64, 16\]"),
+        ({"latents": np.zeros((2, 64, 16), np.int64)}, "int64"),
+        ({"latents": np.zeros((0, 64, 16), np.float32), "labels": np.zeros(0, np.int64)}, "no images"),
+        ({"latents": np.full((2, 64, 16), np.nan, np.float32)}, "image 0 are not finite"),
+        ({"labels": np.array([1, 10])}, "class 10 is not in 0..9"),
+        ({"labels": np.array([1.0, 2.0])}, "not 2 integers"),
+        ({"labels": np.array([1])}, "not 2 integers"),
+        ({"labels": np.array([{}, {}], dtype=object)}, "not an NPZ"),
+    ],
+)
+def test_bad_latents_are_one_line(change: dict, message: str, tmp_path: Path) -> None:
+    good = {"latents": np.zeros((2, 64, 16), np.float32), "labels": np.array([1, 2])}
+    with pytest.raises(UsageError, match=message) as raised:
+        calibration_images(ARCHITECTURE, 64, latents=_npz(tmp_path / "x.npz", **{**good, **change}))
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_no_latents(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("hello", encoding="utf-8")
+    for name, message in (("text.npz", "not an NPZ"), ("gone.npz", "missing")):
+        with pytest.raises(UsageError, match=message):
+            calibration_images(ARCHITECTURE, 4, latents=tmp_path / name)
+    path = _npz(tmp_path / "x.npz", labels=np.array([1]))
+    with pytest.raises(UsageError, match="has no latents"):
+        calibration_images(ARCHITECTURE, 4, latents=path)
+    with pytest.raises(UsageError, match="their own classes"):
+        calibration_images(ARCHITECTURE, 4, [1], latents=path)
+
+
+@pytest.mark.parametrize(("count", "labels"), [(0, None), (-1, None), (True, None), (4, [10]), (4, [-1]), (4, [])])
+def test_bad_images_are_one_line(count: int, labels: list[int] | None) -> None:
+    with pytest.raises(UsageError):
+        calibration_images(ARCHITECTURE, count, labels)
+
+
+def test_classes_are_spread() -> None:
+    assert sorted(set(calibration_images(ARCHITECTURE, 64).labels)) == list(range(10))
+    assert calibration_images(ARCHITECTURES["mar-b"], 4).labels == (0, 250, 500, 750)
+
+
+def test_quantised_graphs_and_bad_steps_are_refused(calibrated: Calibrated, tmp_path: Path) -> None:
+    target = tmp_path / "backbone.onnx"
+    quantise_graph(calibrated.graphs["backbone"], target, calibrated.ranges("cpu"), "cpu")
+    images = calibration_images(ARCHITECTURE, 1)
+    with pytest.raises(UsageError, match="quantised already"):
+        collect(ARCHITECTURE, {**calibrated.graphs, "backbone": target}, calibrated.plan, images, QUIET)
+    with pytest.raises(UsageError, match="AR steps"):
+        collect(ARCHITECTURE, calibrated.graphs, calibrated.plan, images, QUIET, ar_steps=frozenset({99}), threads=1)
+    with pytest.raises(UsageError, match="batch size 0"):
+        collect(ARCHITECTURE, calibrated.graphs, calibrated.plan, images, QUIET, batch_size=0)
+
+
+def test_a_value_that_is_not_finite_is_named(calibrated: Calibrated, tmp_path: Path) -> None:
+    model = onnx.load(calibrated.graphs["backbone"])
+    bias = next(t for t in model.graph.initializer if t.name == "encoder_blocks.1.norm1.bias")
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[0] = np.nan
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(model, tmp_path / "backbone.onnx")
+    graphs = {**calibrated.graphs, "backbone": tmp_path / "backbone.onnx"}
+    with pytest.raises(BackendError, match="AR step 1, backbone, tensor"):
+        collect(ARCHITECTURE, graphs, calibrated.plan, calibration_images(ARCHITECTURE, 1), QUIET, threads=1)
