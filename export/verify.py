@@ -75,8 +75,8 @@ class Report:
     model: str
     precision: str
     evaluated_with: str
-    engine: str = "onnxruntime"
     checks: list[Check] = field(default_factory=list)
+    engine: str = "onnxruntime"
 
     @property
     def file(self) -> str:
@@ -149,7 +149,7 @@ def verify(
         bundle.architecture.name,
         bundle.precision,
         with_what + (", bfloat16 products through float32 casts" if emulated else ""),
-        engine,
+        engine=engine,
     )
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         backend = _loads(bundle, engines, report, reporter, Path(scratch))

@@ -208,7 +208,7 @@ def test_stopped_in_the_middle(own_bundle: Path, stop: signal.Signals, code: int
 
 
 def test_two_builds_do_not_mix(own_bundle: Path, builder: Builder) -> None:
-    from gtr_deploy.export.folders import lock
+    from gtr_deploy.runtime.folders import lock
 
     with lock(own_bundle), pytest.raises(GtrError, match="another build is writing"):
         make(own_bundle)

@@ -18,7 +18,7 @@ from gtr_deploy.export.reference import build_graph_module
 from gtr_deploy.runtime.backends.base import Backend, Condition, DiffusionChain, Floats, Integers
 from gtr_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.graphs import graph_specs
+from gtr_deploy.runtime.graphs import NETWORKS, ROW_GRAPHS, graph_specs
 from gtr_deploy.runtime.noise import SeededNoise
 from gtr_deploy.runtime.plan import PlanSettings, resolve
 from gtr_deploy.runtime.sampler import sample
@@ -160,7 +160,7 @@ def test_patch_decoder_graph(onnx_backends: dict[str, OnnxRuntimeBackend]) -> No
 def test_graphs_keep_the_contract_that_manifests_repeat(graph_files: dict[str, dict[str, Path]]) -> None:
     dtypes = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(uint8)": "uint8"}
     specs = graph_specs(load_case(WEIGHT_SETS["digits"]).architecture)
-    assert list(specs) == ["backbone", "diffusion_step", "detail_score", "decoder"]
+    assert tuple(specs) == (*NETWORKS, *ROW_GRAPHS)
     assert specs["backbone"].symbols == ("B", "V", "P", "R", "G")
     for kind, path in graph_files["digits"].items():
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
