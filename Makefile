@@ -27,7 +27,7 @@ lint: $(VENV)/.test
 
 # One thread per engine call: two test processes share the cores, and OpenMP threads that spin would fight over them.
 unit: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15 --cov --cov-report=
 	$(BIN)/python -m coverage report --include 'runtime/*' --fail-under 95
 	$(BIN)/python -m coverage report --include 'export/*' --fail-under 90
 	$(BIN)/python -m coverage report --include 'calibration/*' --fail-under 90
