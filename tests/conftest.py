@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -28,6 +29,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache folder."""
     monkeypatch.setenv("GTR_DEPLOY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exporter_untraced() -> Iterator[None]:
+    """Coverage looks at every call inside PyTorch's exporter otherwise, none of which is ours, and doubles its time."""
+    import torch
+
+    real = torch.onnx.export
+
+    def untraced(*args: Any, **options: Any) -> Any:
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return real(*args, **options)
+        finally:
+            sys.settrace(tracer)
+
+    torch.onnx.export = untraced
+    yield
+    torch.onnx.export = real
 
 
 @pytest.fixture(scope="session")
