@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import MANIFEST, Bundle, StoredFile
+from ..runtime.bundle import MANIFEST, Bundle, graph_bytes, stored_graph
 from ..runtime.console import Reporter
 from ..runtime.errors import BundleError, GtrError, UsageError
-from ..runtime.files import write_json
+from ..runtime.files import link_or_copy, write_json
 from ..runtime.folders import lock, partial_folder, settle, swap
 from ..runtime.graphs import QUANTISED
 from ..runtime.plan import SamplingPlan, preset, resolve
@@ -269,7 +268,9 @@ def _write(
             names = [layer.name for layer in bench.layers[kind]]
             keep = [name for name in kept.layers if name in names]
             quantise_graph(prepared.graphs[kind], written[kind], ranges, flavour, keep)
-            files.setdefault(kind, {})["main" if main else "cpu"] = _stored(partial, written[kind])
+            files.setdefault(kind, {})["main" if main else "cpu"] = stored_graph(
+                partial, written[kind].relative_to(partial).as_posix()
+            )
         flavours[flavour] = _measured(bench, kept, written, request, probes)
         flavours[flavour]["costs"] = [cost.to_json() for cost in costs]
     for kind, source in bundle.graphs.items():
@@ -277,7 +278,7 @@ def _write(
             files[kind] = {"main": {"model": source.model.to_json(), "data": None}}
             for stored in (source.model, source.data):
                 if stored is not None:
-                    _link(bundle.folder / stored.file, partial / stored.file)
+                    link_or_copy(bundle.folder / stored.file, partial / stored.file)
             if source.data is not None:
                 files[kind]["main"]["data"] = source.data.to_json()
     main = flavours[FLAVOURS_OF[request.precision][0]]
@@ -316,7 +317,7 @@ def _measured(
         work = {layer.name: layer.shape[0] * layer.shape[1] for layer in layers}
         done = sum(amount for name, amount in work.items() if name not in kept.layers)
         share[kind] = done / sum(work.values())
-        sizes[kind] = {"bytes": _bytes(written[kind]), "fp32_bytes": _bytes(bench.graphs[kind])}
+        sizes[kind] = {"bytes": graph_bytes(written[kind]), "fp32_bytes": graph_bytes(bench.graphs[kind])}
     return {
         "kept": list(kept.layers),
         "why": kept.why,
@@ -327,29 +328,6 @@ def _measured(
         "share_of_multiplications": share,
         "sizes": sizes,
     }
-
-
-def _bytes(path: Path) -> int:
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
-
-
-def _stored(folder: Path, path: Path) -> dict[str, Any]:
-    relative = path.relative_to(folder).as_posix()
-    data = f"{relative}.data"
-    return {
-        "model": StoredFile.of(folder, relative).to_json(),
-        "data": StoredFile.of(folder, data).to_json() if (folder / data).is_file() else None,
-    }
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _manifest(

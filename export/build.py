@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import FORMAT, MANIFEST, SCHEMA, Bundle, GraphFiles, StoredFile
+from ..runtime.bundle import FORMAT, MANIFEST, SCHEMA, Bundle, GraphFiles, StoredFile, data_file, stored_graph
 from ..runtime.console import Reporter
 from ..runtime.errors import BundleError, GtrError, UsageError
-from ..runtime.files import read_json, write_json
+from ..runtime.files import link_or_copy, read_json, write_json
 from ..runtime.folders import lock, partial_folder, settle, swap
 from ..runtime.graphs import OPSETS, PRECISIONS, QUANTISED, GraphSpec, graph_specs
 from .sources import Weights, resolve_weights
@@ -226,17 +225,13 @@ def _export(
     relative = f"graphs/{spec.kind}.onnx"
     path = partial / relative
     path.parent.mkdir(exist_ok=True)
-    for stale in (path, path.with_name(path.name + ".data")):
+    for stale in (path, data_file(path)):
         stale.unlink(missing_ok=True)
     checkpoint = weights.checkpoint() if _WEIGHTS_OF.get(spec.kind) == "checkpoint" else {}
     vae = weights.vae() if _WEIGHTS_OF.get(spec.kind) == "vae" else {}
     module = build_graph_module(spec.kind, entry.architecture, checkpoint, vae, request.precision)
     export_graph(module, spec, request.precision, path)
-    data = relative + ".data"
-    return {
-        "model": StoredFile.of(partial, relative).to_json(),
-        "data": StoredFile.of(partial, data).to_json() if (partial / data).is_file() else None,
-    }
+    return stored_graph(partial, relative)
 
 
 def _manifest(
@@ -380,12 +375,7 @@ def _adopt(stage: Mapping[str, Any], partial: Path) -> bool:
             source, target = stored.check(stage["folder"]), partial / stored.file
             if source.resolve() == target.resolve():
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            try:
-                os.link(source, target)
-            except OSError:
-                shutil.copy2(source, target)
+            link_or_copy(source, target)
     except BundleError:
         return False
     return True

@@ -12,6 +12,7 @@ import click
 from ..runtime.console import Reporter, print_json, print_table
 from ..runtime.errors import UsageError
 from ..runtime.graphs import QUANTISED
+from ..runtime.option_groups import given, with_options
 from ..runtime.plan import PRESETS
 
 _PATH = click.Path(path_type=Path)
@@ -58,21 +59,19 @@ _MORE_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
 def calibration_options(options: tuple[tuple[str, str, Any, Any, str], ...]) -> Callable[..., Any]:
     """Adds options; the command gets ``calibration``, those that were typed, by setting."""
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        def collected(*args: Any, **kwargs: Any) -> Any:
-            values = {setting: kwargs.pop(f"calibration_{setting}") for _, setting, *_ in options}
-            return command(*args, calibration={k: v for k, v in values.items() if v is not None}, **kwargs)
-
-        collected.__name__, collected.__doc__ = command.__name__, command.__doc__
-        wrapped: Callable[..., Any] = collected
-        if hasattr(command, "__click_params__"):
-            wrapped.__click_params__ = command.__click_params__  # type: ignore[attr-defined]
-        for option, setting, kind, default, text in reversed(options):
-            shown = f"{text} [default: {default}]" if default is not None else text
-            wrapped = click.option(option, f"calibration_{setting}", type=kind, default=None, help=shown)(wrapped)
-        return wrapped
-
-    return decorate
+    decorators = {
+        f"calibration_{setting}": click.option(
+            option,
+            f"calibration_{setting}",
+            type=kind,
+            default=None,
+            help=text if default is None else f"{text} [default: {default}]",
+        )
+        for option, setting, kind, default, text in options
+    }
+    return lambda command: with_options(
+        command, decorators, lambda values: {"calibration": given(values, "calibration_")}
+    )
 
 
 def check_calibration(precision: str, calibration: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import click
 
 from ..runtime.engines import EngineSet, refusal
 from ..runtime.errors import UsageError
+from ..runtime.option_groups import given, with_options
 
 if TYPE_CHECKING:
     from ..runtime.machine import Machine
@@ -77,17 +78,10 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options; the command gets ``choices``, the fields of EngineRequest that were given."""
 
-    def collected(*args: Any, **kwargs: Any) -> Any:
-        values = {setting: kwargs.pop(f"engine_{setting}") for _, setting, _ in _OPTIONS}
-        return command(*args, choices={name: value for name, value in values.items() if value is not None}, **kwargs)
-
-    collected.__name__, collected.__doc__ = command.__name__, command.__doc__
-    wrapped: Callable[..., Any] = collected
-    if hasattr(command, "__click_params__"):
-        wrapped.__click_params__ = command.__click_params__  # type: ignore[attr-defined]
-    for option, setting, more in reversed(_OPTIONS):
-        wrapped = click.option(option, f"engine_{setting}", **more)(wrapped)
-    return wrapped
+    options = {
+        f"engine_{setting}": click.option(option, f"engine_{setting}", **more) for option, setting, more in _OPTIONS
+    }
+    return with_options(command, options, lambda values: {"choices": given(values, "engine_")})
 
 
 def option_names(choices: dict[str, Any]) -> str:

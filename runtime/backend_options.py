@@ -10,6 +10,7 @@ import click
 from .backends import BACKENDS, CUDA_GRAPH_MODES, PROVIDERS, BackendOptions
 from .bundle import Bundle
 from .console import Reporter
+from .option_groups import with_options
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -32,17 +33,13 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
 def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds ``--backend`` and its companions; the command gets ``engine``, a :class:`BackendOptions`."""
 
-    def collected(*args: Any, **kwargs: Any) -> Any:
-        names = [option.removeprefix("--").replace("-", "_") for option, *_ in _OPTIONS]
-        return command(*args, engine=BackendOptions(**{name: kwargs.pop(name) for name in names}), **kwargs)
-
-    collected.__name__, collected.__doc__ = command.__name__, command.__doc__
-    wrapped: Callable[..., Any] = collected
-    if hasattr(command, "__click_params__"):
-        wrapped.__click_params__ = command.__click_params__  # type: ignore[attr-defined]
-    for option, kind, default, text in reversed(_OPTIONS):
-        wrapped = click.option(option, type=kind, default=default, show_default=default is not None, help=text)(wrapped)
-    return wrapped
+    options = {
+        option.removeprefix("--").replace("-", "_"): click.option(
+            option, type=kind, default=default, show_default=default is not None, help=text
+        )
+        for option, kind, default, text in _OPTIONS
+    }
+    return with_options(command, options, lambda values: {"engine": BackendOptions(**values)})
 
 
 def load_pipeline(bundle: Bundle, engine: BackendOptions, reporter: Reporter) -> Pipeline:

@@ -85,6 +85,26 @@ class StoredFile:
         return path
 
 
+def data_file(model: Path) -> Path:
+    """Where a graph's weights lie if they are not in the model file itself."""
+    return model.with_name(model.name + ".data")
+
+
+def graph_bytes(model: Path) -> int:
+    """Size of a graph, weights in a data file included."""
+    data = data_file(model)
+    return model.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+
+
+def stored_graph(folder: Path, model: str) -> dict[str, Any]:
+    """``model`` and ``data`` of a manifest's entry, for a graph that exists in ``folder``."""
+    data = data_file(folder / model)
+    return {
+        "model": StoredFile.of(folder, model).to_json(),
+        "data": StoredFile.of(folder, data.relative_to(folder).as_posix()).to_json() if data.is_file() else None,
+    }
+
+
 @dataclass(frozen=True)
 class GraphFiles:
     """One graph: the model file and, where the weights are large, its one data file.

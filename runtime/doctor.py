@@ -11,14 +11,13 @@ from pathlib import Path
 
 import click
 
+from .backends import ENTRY_POINTS, cpu_provider_refusal
 from .bundle import Bundle
 from .console import print_json, print_table
 from .engines import EngineSet, rebuild_command, refusal
 from .errors import BundleError
 from .machine import INSTALL, Machine, examine_machine
 
-#: Entry points of this group are backends from outside the runtime.
-BACKEND_GROUP = "gtr_deploy.backends"
 #: Subjects of the findings that decide whether something can run start with this.
 BACKEND = "backend "
 _USE = {
@@ -59,7 +58,7 @@ def diagnose(machine: Machine, bundle: Bundle | None) -> list[Finding]:
     findings += [_onnxruntime_cpu(machine, bundle, damage), _onnxruntime_cuda(machine, damage)]
     for flavour in _OLDEST:
         findings += _engines(flavour, machine, bundle)
-    points = sorted(entry_points(group=BACKEND_GROUP), key=lambda point: point.name)
+    points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
     return findings + [_entry_point(point, bundle) for point in points]
 
 
@@ -110,11 +109,8 @@ def _lacks(library: str, machine: Machine, remedy: str = "") -> str:
 
 def _onnxruntime_cpu(machine: Machine, bundle: Bundle | None, damage: str) -> Finding:
     reason = _lacks("onnxruntime", machine) or damage
-    if not reason and bundle is not None and bundle.precision == "bf16":
-        reason = (
-            "ONNX Runtime's CPU provider has no bfloat16 matrix product; "
-            f"gtr-export build --model {bundle.architecture.name} --precision fp16"
-        )
+    if not reason and bundle is not None:
+        reason = cpu_provider_refusal(bundle) or ""
     return _backend("onnxruntime cpu", reason, f"onnxruntime {machine.versions.get('onnxruntime')}")
 
 

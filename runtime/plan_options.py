@@ -10,6 +10,7 @@ import click
 
 from .architecture import Architecture
 from .errors import PlanError
+from .option_groups import given, with_options
 from .orders import ORDERS, PARITIES, stage_sets
 from .plan import CFG_SCHEDULES, CONTEXTS, PRESETS, TOKEN_SCHEDULES, PlanSettings, SamplingPlan, preset, resolve
 from .selection import FTS_RULES
@@ -64,22 +65,18 @@ _OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
 def plan_options(multiple: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds ``--plan`` and every override; the command gets ``plan`` and ``overrides`` (a mapping)."""
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        def collected(*args: Any, **kwargs: Any) -> Any:
-            names = [setting for _, setting, _, _ in _OPTIONS] + ["stages"]
-            overrides = {name: kwargs.pop(f"plan_{name}") for name in names}
-            return command(*args, overrides={k: v for k, v in overrides.items() if v is not None}, **kwargs)
+    options = {
+        f"plan_{name}": click.option(o, f"plan_{name}", type=kind, help=text) for o, name, kind, text in _OPTIONS
+    }
+    stages = "Number of stages K; AR steps are spread anew, 4:1 from one generation stage to the next."
+    option = click.option("--stages", "plan_stages", type=click.IntRange(1, 8), help=stages)
+    several = " Several, separated by commas." if multiple else ""
+    text = f"Preset: {', '.join(PRESETS)}.{several}"
 
-        collected.__name__, collected.__doc__ = command.__name__, command.__doc__
-        wrapped: Callable[..., Any] = collected
-        if hasattr(command, "__click_params__"):
-            wrapped.__click_params__ = command.__click_params__  # type: ignore[attr-defined]
-        for option, setting, kind, text in reversed(_OPTIONS):
-            wrapped = click.option(option, f"plan_{setting}", type=kind, default=None, help=text)(wrapped)
-        stages = "Number of stages K; AR steps are spread anew, 4:1 from one generation stage to the next."
-        wrapped = click.option("--stages", "plan_stages", type=click.IntRange(1, 8), default=None, help=stages)(wrapped)
-        several = " Several, separated by commas." if multiple else ""
-        text = f"Preset: {', '.join(PRESETS)}.{several}"
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = with_options(
+            command, {"plan_stages": option, **options}, lambda values: {"overrides": given(values, "plan_")}
+        )
         return click.option("--plan", default="gtr", show_default=True, help=text)(wrapped)
 
     return decorate

@@ -18,9 +18,10 @@ from .backends.base import (
     Integers,
     Observer,
     StepResult,
+    not_finite,
 )
 from .diffusion import COEFFICIENTS, reverse_process
-from .errors import BackendError, UsageError
+from .errors import UsageError
 from .noise import NoiseSource
 from .orders import generation_orders
 from .plan import ARStep, PlanSettings, SamplingPlan
@@ -56,22 +57,18 @@ def sample(
         UsageError: orders are not permutations.
         BackendError: an engine produced a value that is not finite.
     """
-    settings = plan.settings
-    batch, total = len(labels), architecture.tokens
-    if orders is None:
-        orders = generation_orders(settings.order, architecture.grid, len(settings.stage_steps), settings.parity, seeds)
-    if orders.shape != (batch, total) or not (np.sort(orders, axis=1) == np.arange(total)).all():
-        raise UsageError(f"orders must be [{batch}, {total}], each row a permutation of 0..{total - 1}")
-    branch_labels = np.array([labels, [architecture.null_label] * batch], dtype=np.int64)
+    job = generation_job(plan, architecture, labels, seeds, noise, orders)
     if isinstance(backend, DeviceBackend):
-        return backend.generate(GenerationJob(plan, orders, branch_labels, seeds, noise), observer)
+        return backend.generate(job, observer)
+    settings, orders = plan.settings, job.orders
+    batch, total = orders.shape
     latents = np.zeros((batch, total, architecture.token_channels), dtype=np.float32)
 
     for step in plan.steps:
         seen = orders[:, : step.known + step.predicted + step.context]
         visible, predict, context = np.split(seen, [step.known, step.known + step.predicted], axis=1)
         known = np.take_along_axis(latents, visible[:, :, None], axis=1)
-        condition = backend.condition(known, visible, predict, context, branch_labels[: step.branches])
+        condition = backend.condition(known, visible, predict, context, job.labels[: step.branches])
 
         refined = np.zeros(predict.shape, dtype=bool)
         if step.refined:
@@ -83,14 +80,34 @@ def sample(
         tokens = np.empty((batch * step.predicted, architecture.token_channels), dtype=np.float32)
         tokens[chain.rows] = backend.denoise(condition, chain)
         if not np.isfinite(tokens).all():
-            raise BackendError(
-                f"AR step {step.index + 1} of {len(plan.steps)} gave values that are not finite on backend "
-                f"{backend.name}; run gtr-export verify on the bundle, or use a bundle of higher precision"
-            )
+            raise not_finite(step.index, len(plan.steps), backend.name)
         np.put_along_axis(latents, predict[:, :, None], tokens.reshape(batch, step.predicted, -1), axis=1)
         if observer is not None:
             observer(StepResult(step, predict, refined, latents))
     return latents
+
+
+def generation_job(
+    plan: SamplingPlan,
+    architecture: Architecture,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    noise: NoiseSource,
+    orders: Integers | None = None,
+) -> GenerationJob:
+    """What one batch's generation depends on; arguments as :func:`sample` has them.
+
+    Raises:
+        UsageError: orders are not permutations.
+    """
+    settings = plan.settings
+    batch, total = len(labels), architecture.tokens
+    if orders is None:
+        orders = generation_orders(settings.order, architecture.grid, len(settings.stage_steps), settings.parity, seeds)
+    if orders.shape != (batch, total) or not (np.sort(orders, axis=1) == np.arange(total)).all():
+        raise UsageError(f"orders must be [{batch}, {total}], each row a permutation of 0..{total - 1}")
+    branch_labels = np.array([labels, [architecture.null_label] * batch], dtype=np.int64)
+    return GenerationJob(plan, orders, branch_labels, seeds, noise)
 
 
 def diffusion_chain(

@@ -17,6 +17,7 @@ from features import train_features
 from judge import train_judge
 
 from gtr_deploy.runtime import Bundle
+from gtr_deploy.runtime.bundle import graph_bytes
 from gtr_deploy.runtime.console import Reporter, print_table
 from gtr_deploy.runtime.pipeline import Generation, Pipeline
 
@@ -70,7 +71,7 @@ def compare(
                     "p95": float(np.percentile(errors, 95)),
                     "worst": float(errors.max()),
                 },
-                "graph_bytes": sum(_size(path) for path in bundle.graph_paths(False, target="cpu").values()),
+                "graph_bytes": sum(graph_bytes(path) for path in bundle.graph_paths(False, target="cpu").values()),
                 "speed_ratio": seconds[0] / spent,
             }
         )
@@ -94,12 +95,6 @@ def compare(
         for row in rows
     ]
     print_table(columns, table, title=f"mar-digits, plan {plan}, {images} images")
-
-
-def _size(path: Path) -> int:
-    """Bytes of a graph and of the data file beside it, if there is one."""
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
 
 
 def _seconds(pipelines: list[Pipeline], plan: str, batch: int) -> list[float]:

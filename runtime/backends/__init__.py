@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..engines import FLAVOURS
 from ..errors import BackendError, UsageError
-from .base import Backend, DeviceBackend
+from .base import CUDA_GRAPH_MODES, Backend, DeviceBackend
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
     from ..machine import Machine
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+BACKENDS = ("onnxruntime", *FLAVOURS, "torch")
 PROVIDERS = ("auto", "cpu", "cuda")
-CUDA_GRAPH_MODES = ("auto", "generation", "step", "off")
 
 ENTRY_POINTS = "gtr_deploy.backends"
 """Entry point group of backends that are not part of the runtime."""
-
-_FLAVOURS = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def choose_backend(bundle: Bundle, machine: Machine) -> tuple[str, str]:
     from ..engines import refusal
 
     refused = ""
-    for flavour in _FLAVOURS:
+    for flavour in FLAVOURS:
         for engines in bundle.engine_sets:
             if engines.flavour != flavour:
                 continue
@@ -74,6 +72,16 @@ def _machine() -> Machine:
 
 def _provider(machine: Machine) -> str:
     return "cuda" if machine.gpu is not None and "CUDAExecutionProvider" in machine.onnxruntime_providers else "cpu"
+
+
+def cpu_provider_refusal(bundle: Bundle) -> str | None:
+    """Why ONNX Runtime's CPU provider cannot run a bundle, and what can be done; None if it can."""
+    if bundle.precision != "bf16":
+        return None
+    return (
+        "ONNX Runtime's CPU provider has no bfloat16 matrix product; use an fp32 or fp16 bundle "
+        f"(gtr-export build --model {bundle.architecture.name} --precision fp16)"
+    )
 
 
 def resolve_backend(bundle: Bundle, options: BackendOptions) -> tuple[BackendOptions, str | None]:
@@ -101,7 +109,7 @@ def resolve_backend(bundle: Bundle, options: BackendOptions) -> tuple[BackendOpt
         options = replace(options, provider=_provider(_machine()))
     if options.backend == "onnxruntime" and options.provider == "cpu" and bundle.precision == "fp8":
         why = (f"{why}; " if why else "") + "fp8 on a CPU is an evaluation at the cost of fp32, not a deployment"
-    if options.backend in _FLAVOURS and options.provider != "auto":
+    if options.backend in FLAVOURS and options.provider != "auto":
         raise UsageError(f"--provider {options.provider} is for onnxruntime and torch, not for {options.backend}")
     if options.precision is not None and options.backend != "torch":
         raise UsageError(f"precision {options.precision}: only torch has a choice, {options.backend} runs the bundle's")
@@ -120,17 +128,14 @@ def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True
         UsageError: options that do not go together.
     """
     options, _ = resolve_backend(bundle, options)
-    if options.backend in _FLAVOURS:
+    if options.backend in FLAVOURS:
         from .tensorrt import open_tensorrt
 
         return open_tensorrt(bundle, options.backend, options.device, options.cuda_graph, checksums)
     if options.backend == "torch":
         return _open_torch(bundle, options)
-    if options.provider == "cpu" and bundle.precision == "bf16":
-        raise BackendError(
-            "ONNX Runtime's CPU provider has no bfloat16 matrix product; use an fp32 or fp16 bundle "
-            f"(gtr-export build --model {bundle.architecture.name} --precision fp16)"
-        )
+    if options.provider == "cpu" and (reason := cpu_provider_refusal(bundle)):
+        raise BackendError(reason)
     from .onnxruntime import OnnxRuntimeBackend
 
     graphs = options.provider == "cuda" and options.cuda_graph != "off"

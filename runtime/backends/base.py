@@ -9,11 +9,16 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import BackendError
 from ..noise import NoiseSource
 from ..plan import ARStep, SamplingPlan
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
+
+
+CUDA_GRAPH_MODES = ("auto", "generation", "step", "off")
+"""What is captured: whole generations, or single AR steps where somebody watches (auto); or always the one named."""
 
 
 @dataclass(frozen=True)
@@ -151,3 +156,11 @@ class DeviceBackend(Protocol):
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
         """Latents [B, L, C] to RGB [B, H, W, 3]."""
         ...
+
+
+def not_finite(step: int, steps: int, backend: str) -> BackendError:
+    """The error for values that are not numbers, in the 0-based AR step ``step`` of ``steps``."""
+    return BackendError(
+        f"AR step {step + 1} of {steps} gave values that are not finite on backend "
+        f"{backend}; run gtr-export verify on the bundle, or use a bundle of higher precision"
+    )

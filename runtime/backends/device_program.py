@@ -20,12 +20,9 @@ from ..cuda import Cuda, CudaError, PinnedBuffer
 from ..errors import BackendError
 from ..plan import SamplingPlan
 from ..shapes import step_shapes
-from .base import Floats, GenerationJob, Integers, Observer, StepResult
+from .base import Floats, GenerationJob, Integers, Observer, StepResult, not_finite
 from .device_layout import Block, StepLayout, device_layout, ordered_to_grid
 from .tensorrt_engine import EngineCall
-
-CUDA_GRAPHS = ("auto", "generation", "step", "off")
-"""What is captured: whole generations, or single AR steps where somebody watches (auto); or always the one named."""
 
 
 @dataclass
@@ -33,7 +30,7 @@ class Capture:
     """What a backend captures, shared by its programs.
 
     Attributes:
-        mode: one of ``CUDA_GRAPHS``.
+        mode: one of ``base.CUDA_GRAPH_MODES``.
         works: False once a capture has failed; then everything runs eagerly, after one warning.
     """
 
@@ -49,6 +46,8 @@ class Capture:
 
 class EngineCalls(Protocol):
     """Where a program gets its contexts, with their activations placed."""
+
+    name: str
 
     def call(self, kind: str, sizes: Mapping[str, int]) -> EngineCall: ...
 
@@ -236,7 +235,7 @@ class DeviceProgram:
         if bad.any():
             first = int(np.flatnonzero(bad)[0])
             step = next(s.step.index for s in self.layout.steps if first < s.step.known + s.step.predicted)
-            raise not_finite(step, len(self.layout.steps))
+            raise not_finite(step, len(self.layout.steps), self._engines.name)
 
     def forget_graphs(self) -> None:
         """Drops what was captured, and captures anew after the next run: contexts or activations have moved."""
@@ -379,11 +378,3 @@ _TABLES = ("timestep", "coefficients")
 def block_view(block: Block, buffer: PinnedBuffer) -> Floats:
     """A block's array in a host buffer that holds it alone."""
     return buffer.array[: block.bytes].view(block.dtype).reshape(block.shape)
-
-
-def not_finite(step: int, steps: int) -> BackendError:
-    """The error for values that are not numbers."""
-    return BackendError(
-        f"AR step {step + 1} of {steps} gave values that are not finite; run gtr-export verify on the bundle, "
-        "or use a bundle of higher precision"
-    )

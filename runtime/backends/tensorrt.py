@@ -21,11 +21,11 @@ from ..errors import BackendError, UsageError
 from ..graphs import graph_specs
 from ..machine import Machine, examine_machine
 from ..noise import SeededNoise
-from ..orders import generation_orders
 from ..plan import SamplingPlan
-from .base import Floats, GenerationJob, Observer
+from ..sampler import generation_job
+from .base import CUDA_GRAPH_MODES, Floats, GenerationJob, Observer
 from .device_layout import padded
-from .device_program import CUDA_GRAPHS, Capture, DeviceProgram
+from .device_program import Capture, DeviceProgram
 from .tensorrt_engine import Engine, EngineCall
 from .tensorrt_library import LogCollector, load_library
 
@@ -46,7 +46,7 @@ def open_tensorrt(
     Args:
         flavour: a key of ``engines.FLAVOURS``.
         device: index of the GPU.
-        cuda_graph: one of ``CUDA_GRAPHS``.
+        cuda_graph: one of ``CUDA_GRAPH_MODES``.
         checksums: compare every engine's SHA-256 with the manifest.
         machine: what this machine has; looked up if None.
 
@@ -54,8 +54,8 @@ def open_tensorrt(
         BackendError: no engines fit this machine; or library, driver or memory fail.
         BundleError: an engine file is not what the manifest says.
     """
-    if cuda_graph not in CUDA_GRAPHS:
-        raise UsageError(f"CUDA graph mode {cuda_graph!r} is not one of {', '.join(CUDA_GRAPHS)}")
+    if cuda_graph not in CUDA_GRAPH_MODES:
+        raise UsageError(f"CUDA graph mode {cuda_graph!r} is not one of {', '.join(CUDA_GRAPH_MODES)}")
     engines = choose_engines(bundle, machine or examine_machine(), flavour)
     return TensorRTBackend(bundle, engines, device, cuda_graph, checksums)
 
@@ -132,12 +132,9 @@ class TensorRTBackend:
         return self._program(plan, batch).part_seconds(self._any_job(plan, batch))
 
     def _any_job(self, plan: SamplingPlan, batch: int) -> GenerationJob:
-        settings, architecture = plan.settings, self._architecture
         seeds = list(range(batch))
-        orders = generation_orders(settings.order, architecture.grid, len(settings.stage_steps), settings.parity, seeds)
-        labels = np.array([[0] * batch, [architecture.null_label] * batch], dtype=np.int64)
-        noise = SeededNoise(seeds, architecture.token_channels)
-        return GenerationJob(plan, orders, labels, seeds, noise)
+        noise = SeededNoise(seeds, self._architecture.token_channels)
+        return generation_job(plan, self._architecture, [0] * batch, seeds, noise)
 
     def _program(self, plan: SamplingPlan, batch: int) -> DeviceProgram:
         key = (replace(plan.settings, name=""), batch)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from commands import one_line_error
 
 from gtr_deploy.export import engine_target, engines
 from gtr_deploy.export.build import BuildRequest, build
@@ -74,14 +75,6 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
 def make(bundle: Path, machine: Machine = NO_GPU, **more: Any) -> EngineResult:
     chosen = {"flavour": "tensorrt-rtx", "compute_capabilities": ("8.9",), **more}
     return build_engines(EngineRequest(bundle, **chosen), QUIET, machine)
-
-
-def one_line_error(result: Result, code: int, *words: str) -> None:
-    assert result.exit_code == code, result.output
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("gtr-export")
-    for word in words:
-        assert word in last
 
 
 def test_the_whole_way(export_cli: Cli, own_bundle: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from commands import one_line_error
 
 from gtr_deploy.export import doctor, sources
 from gtr_deploy.export.zoo import MODELS, WeightSource
@@ -17,14 +18,6 @@ from gtr_deploy.runtime.bundle import Bundle
 
 Cli = Callable[..., Result]
 DATA = Path(__file__).parents[1] / "data"
-
-
-def _one_line_error(result: Result, code: int, *words: str) -> None:
-    assert result.exit_code == code, result.output
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("gtr-export")
-    for word in words:
-        assert word in last
 
 
 def test_build_says_what_comes_next(export_cli: Cli, own_bundle: Path) -> None:
@@ -55,17 +48,17 @@ def test_bad_arguments(
     export_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    _one_line_error(export_cli("build", *options), 2, *words)
+    one_line_error(export_cli("build", *options), 2, *words)
     assert not (tmp_path / "bundles").exists() or not any((tmp_path / "bundles").glob("mar*"))
 
 
 def test_wrong_model_for_the_file(export_cli: Cli, tmp_path: Path) -> None:
     options = ["--checkpoint", DATA / "mar_tiny_checkpoint-last.pth", "--out", tmp_path / "b"]
     result = export_cli("build", "--model", "mar-digits", *options)
-    _one_line_error(result, 1, "encoder_pos_embed_learned")
+    one_line_error(result, 1, "encoder_pos_embed_learned")
     assert not (tmp_path / "b").exists()
     options[1] = MODELS["mar-digits"].shipped
-    _one_line_error(
+    one_line_error(
         export_cli("build", "--model", "mar-b", "--vae", DATA / "vae_kl16.npz", *options), 1, "looks like mar-digits"
     )
 
@@ -75,7 +68,7 @@ def test_without_network(export_cli: Cli, tmp_path: Path, monkeypatch: pytest.Mo
     nowhere = WeightSource("http://127.0.0.1:9/checkpoint-last.pth", "pretrained/none.pth", 1)
     entry = MODELS["mar-b"]
     monkeypatch.setitem(MODELS, "mar-b", type(entry)(entry.architecture, nowhere, nowhere))
-    _one_line_error(export_cli("build", "--model", "mar-b"), 1, "--checkpoint", "--vae", "--random-weights")
+    one_line_error(export_cli("build", "--model", "mar-b"), 1, "--checkpoint", "--vae", "--random-weights")
     assert not list((tmp_path / "bundles").glob("mar-b*"))
 
 
@@ -127,7 +120,7 @@ def test_inspect(export_cli: Cli, own_bundle: Path, tmp_path: Path) -> None:
     Bundle.load(own_bundle).write_report("parity", {})
     (own_bundle / "reports" / "parity.json").write_text("changed")
     assert "the manifest says" in export_cli("inspect", own_bundle).stdout
-    _one_line_error(export_cli("inspect", tmp_path / "none"), 1, "is not a folder")
+    one_line_error(export_cli("inspect", tmp_path / "none"), 1, "is not a folder")
 
 
 def test_inspect_of_random_weights(export_cli: Cli, own_bundle: Path) -> None:
@@ -174,12 +167,12 @@ def test_export_without_torch_is_one_line(export_cli: Cli, tmp_path: Path, monke
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gtr_deploy.export.onnx_export", None)
     result = export_cli("build", "--model", "mar-digits", "--out", tmp_path / "b")
-    _one_line_error(result, 1, "pip install 'gtr-deploy[export]'")
+    one_line_error(result, 1, "pip install 'gtr-deploy[export]'")
 
 
 def test_no_published_weights(monkeypatch: pytest.MonkeyPatch, export_cli: Cli, tmp_path: Path) -> None:
     entry = MODELS["mar-digits"]
     monkeypatch.setitem(MODELS, "mar-digits", type(entry)(entry.architecture))
     result = export_cli("build", "--model", "mar-digits", "--out", tmp_path / "b")
-    _one_line_error(result, 1, "has no published weights; give a file with --checkpoint")
+    one_line_error(result, 1, "has no published weights; give a file with --checkpoint")
     assert sources.RANDOM_SEED == 0

@@ -9,24 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import cudart
 from fakes.machine import FakeDevice, FakeMachine
 from numpy.typing import NDArray
 
 from gtr_deploy.runtime.cuda import Cuda, CudaError, PinnedBuffer, list_devices
 from gtr_deploy.runtime.errors import BackendError
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
-    machine = FakeMachine()
-    cudart.install(monkeypatch, machine)
-    return machine
-
-
-@pytest.fixture
-def cuda(machine: FakeMachine) -> Cuda:
-    return Cuda()
 
 
 def pinned(cuda: Cuda, values: NDArray[Any] | bytes) -> PinnedBuffer:

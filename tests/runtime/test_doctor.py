@@ -74,7 +74,7 @@ def _statuses(machine: Machine, bundle: Bundle | None = None) -> Mapping[str, tu
 @pytest.fixture(autouse=True)
 def _torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry point as pyproject.toml has it, whenever the package was installed."""
-    point = EntryPoint("torch", "gtr_deploy.export.torch_backend:open_backend", doctor_module.BACKEND_GROUP)
+    point = EntryPoint("torch", "gtr_deploy.export.torch_backend:open_backend", doctor_module.ENTRY_POINTS)
     monkeypatch.setattr(doctor_module, "entry_points", lambda group: [point])
 
 
@@ -293,7 +293,7 @@ class TestDiagnosis:
         assert found == ("missing", "the torch backend has no precision int8")
 
     def test_other_entry_points_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        point = EntryPoint("mine", "package:open", doctor_module.BACKEND_GROUP)
+        point = EntryPoint("mine", "package:open", doctor_module.ENTRY_POINTS)
         monkeypatch.setattr(doctor_module, "entry_points", lambda group: [point])
         assert _statuses(NOTHING)["backend mine"] == ("ok", "entry point package:open")
 

@@ -22,18 +22,6 @@ PROFILES = [
 ]
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
-    machine = FakeMachine()
-    cudart.install(monkeypatch, machine)
-    return machine
-
-
-@pytest.fixture
-def cuda(machine: FakeMachine) -> Cuda:
-    return Cuda()
-
-
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """double [N, 3] = 2 x [N, 3], same [M, 3] = extra [M, 3]; M may be 0."""
