@@ -45,6 +45,8 @@ class CalibrationRequest:
     Attributes:
         source: fp32 bundle.
         out: bundle to write.
+        float16: fp16 bundle of the same checkpoint. Graphs for GPUs take from it what is not quantised, attention above
+            all, which is several times as fast there; without it that stays float32. Graphs for CPUs do not.
         precision: one of ``graphs.QUANTISED``.
         images: number of calibration images.
         plan: preset to sample with.
@@ -61,6 +63,7 @@ class CalibrationRequest:
     source: Path
     out: Path
     precision: str = "int8"
+    float16: Path | None = None
     images: int = 64
     plan: str = "gtr"
     keep: int | str = "auto"
@@ -89,8 +92,13 @@ class Prepared:
 
     bundle: Bundle
     graphs: Mapping[str, Path]
+    float16: Bundle | None
     plan: SamplingPlan
     images: CalibrationImages
+
+    def sources(self, flavour: str) -> Mapping[str, Path]:
+        """The float graphs that a flavour's are written from."""
+        return self.graphs if flavour == "cpu" or self.float16 is None else self.float16.graph_paths()
 
 
 def prepare(request: CalibrationRequest) -> Prepared:
@@ -116,7 +124,29 @@ def prepare(request: CalibrationRequest) -> Prepared:
     architecture = source.architecture
     plan = resolve(preset(request.plan, architecture, source.plan_defaults), architecture)
     images = calibration_images(architecture, request.images, request.labels, latents=request.latents)
-    return Prepared(source, source.graph_paths(), plan, images)
+    return Prepared(source, source.graph_paths(), _float16(request, source), plan, images)
+
+
+def _float16(request: CalibrationRequest, source: Bundle) -> Bundle | None:
+    if request.float16 is None:
+        return None
+    half = Bundle.load(request.float16)
+    if half.precision != "fp16":
+        raise UsageError(f"{request.float16} is {half.precision}; --float16 takes an fp16 bundle")
+    if _weights(half) != _weights(source):
+        raise UsageError(f"{request.float16} was built from other weights than {request.source}")
+    if half.max_batch < source.max_batch:
+        raise UsageError(
+            f"{request.float16} is for batches up to {half.max_batch}, {request.source} up to {source.max_batch}"
+        )
+    return half
+
+
+def _weights(bundle: Bundle) -> tuple[Any, ...]:
+    """What tells one set of weights from another, wherever their files lie."""
+    source = bundle.manifest["source"]
+    files = [source[name] and source[name]["sha256"] for name in ("checkpoint", "vae")]
+    return (bundle.architecture, source["random_weights"], *files)
 
 
 def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> CalibrationResult:
@@ -129,8 +159,8 @@ def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> Calibrat
     if request.out.resolve() == request.source.resolve():
         raise UsageError(f"--out {request.out} is the source itself; choose another folder")
     prepared = prepare(request)
-    stages, batch = prepared.bundle.manifest["source"]["stages"], prepared.bundle.max_batch
-    key = calibration_key(request, stages, prepared.images, batch)
+    stages = [bundle.manifest["source"]["stages"] for bundle in (prepared.bundle, prepared.float16) if bundle]
+    key = calibration_key(request, stages, prepared.images, prepared.bundle.max_batch)
     with lock(request.out):
         settle(request.out)
         if (report := finished(request, prepared.bundle.architecture.name, key)) is not None:
@@ -155,12 +185,12 @@ def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> Calibrat
 
 
 def calibration_key(
-    request: CalibrationRequest, stages: Mapping[str, str], images: CalibrationImages, max_batch: int
+    request: CalibrationRequest, stages: Sequence[Mapping[str, str]], images: CalibrationImages, max_batch: int
 ) -> str:
     """Hash of everything that the quantised bundle depends on.
 
     Args:
-        stages: the keys of the source's graphs, from its manifest.
+        stages: the keys of the graphs of each source, from their manifests: float32 and, where there is one, float16.
         max_batch: the source's.
     """
     latents = None if images.latents is None else hashlib.sha256(images.latents.tobytes()).hexdigest()
@@ -168,7 +198,7 @@ def calibration_key(
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
     depends = {
-        "stages": [dict(stages), max_batch],
+        "stages": [[dict(keys) for keys in stages], max_batch],
         "settings": [request.precision, request.plan, request.keep, request.method, request.percentile],
         "images": [images.labels, images.seeds, latents, request.batch_size, request.compared],
         "code": code.hexdigest(),
@@ -234,7 +264,7 @@ def bench_of(request: CalibrationRequest, flavour: str, reporter: Reporter) -> B
     )
     probes = compared_images(request, prepared)
     ranges = ranges_of(request, flavour, collected)
-    return Bench(architecture, prepared.graphs, plan, ranges, probes, flavour, request.threads)
+    return Bench(architecture, prepared.sources(flavour), plan, ranges, probes, flavour, request.threads)
 
 
 def compared_images(request: CalibrationRequest, prepared: Prepared) -> Probes:
@@ -255,9 +285,8 @@ def _write(
     flavours: dict[str, Any] = {}
     for flavour in FLAVOURS_OF[request.precision]:
         ranges = ranges_of(request, flavour, collected)
-        bench = Bench(
-            bundle.architecture, prepared.graphs, prepared.plan, ranges, probes, flavour, request.threads
-        )  # fmt: skip
+        sources = prepared.sources(flavour)
+        bench = Bench(bundle.architecture, sources, prepared.plan, ranges, probes, flavour, request.threads)
         with reporter.stage(f"what {flavour} graphs keep in high precision"):
             kept, costs = choose_kept(bench, request.keep, reporter)
         reporter.say(f"{flavour}: kept {', '.join(kept.layers)} ({kept.why})")
@@ -267,27 +296,26 @@ def _write(
             written[kind] = partial / "graphs" / ("" if main else "cpu") / f"{kind}.onnx"
             names = [layer.name for layer in bench.layers[kind]]
             keep = [name for name in kept.layers if name in names]
-            quantise_graph(prepared.graphs[kind], written[kind], ranges, flavour, keep)
+            quantise_graph(sources[kind], written[kind], ranges, flavour, keep)
             files.setdefault(kind, {})["main" if main else "cpu"] = stored_graph(
                 partial, written[kind].relative_to(partial).as_posix()
             )
-        flavours[flavour] = _measured(bench, kept, written, request, probes)
+        flavours[flavour] = _measured(bench, kept, written, prepared.graphs, request, probes)
         flavours[flavour]["costs"] = [cost.to_json() for cost in costs]
-    for kind, source in bundle.graphs.items():
+    for kind in bundle.graphs:
         if kind not in QUANTISED_KINDS:
-            files[kind] = {"main": {"model": source.model.to_json(), "data": None}}
-            for stored in (source.model, source.data):
-                if stored is not None:
-                    link_or_copy(bundle.folder / stored.file, partial / stored.file)
-            if source.data is not None:
-                files[kind]["main"]["data"] = source.data.to_json()
+            half = prepared.float16
+            files[kind] = {"main": _taken(half or bundle, kind, partial)}
+            if half is not None and half.graphs[kind].model.sha256 != bundle.graphs[kind].model.sha256:
+                files[kind]["cpu"] = _taken(bundle, kind, partial, "cpu/")
     main = flavours[FLAVOURS_OF[request.precision][0]]
-    write_json(partial / MANIFEST, _manifest(request, bundle, key, files, main["kept"]))
+    write_json(partial / MANIFEST, _manifest(request, prepared, key, files, main["kept"]))
     return {
         "model": bundle.architecture.name,
         "precision": request.precision,
         "plan": prepared.plan.settings.to_json(),
         "images": collected.images,
+        "rest": "fp16" if prepared.float16 else "fp32",
         "own_latents": prepared.images.latents is not None,
         "method": request.method or METHOD_OF[request.precision],
         "compared_images": request.compared,
@@ -296,10 +324,25 @@ def _write(
     }
 
 
+def _taken(source: Bundle, kind: str, partial: Path, folder: str = "") -> dict[str, Any]:
+    """A graph as it is in another bundle: its files, linked, and the manifest's entry for them."""
+    files = source.graphs[kind]
+    for stored in (files.model, files.data):
+        if stored is not None:
+            target = partial / "graphs" / folder / Path(stored.file).name
+            link_or_copy(stored.check(source.folder), target)
+    return stored_graph(partial, f"graphs/{folder}{Path(files.model.file).name}")
+
+
 def _measured(
-    bench: Bench, kept: Kept, written: Mapping[str, Path], request: CalibrationRequest, probes: Probes
+    bench: Bench,
+    kept: Kept,
+    written: Mapping[str, Path],
+    float32: Mapping[str, Path],
+    request: CalibrationRequest,
+    probes: Probes,
 ) -> dict[str, Any]:
-    """Errors, sizes and shares of one flavour's graphs."""
+    """Errors against the float32 graphs, sizes and shares of one flavour's graphs."""
     exact = bench.flavour != "cpu"
     errors: dict[str, Any] = {}
     for kind, name in zip(QUANTISED_KINDS, ("z", "eps"), strict=True):
@@ -317,7 +360,7 @@ def _measured(
         work = {layer.name: layer.shape[0] * layer.shape[1] for layer in layers}
         done = sum(amount for name, amount in work.items() if name not in kept.layers)
         share[kind] = done / sum(work.values())
-        sizes[kind] = {"bytes": graph_bytes(written[kind]), "fp32_bytes": graph_bytes(bench.graphs[kind])}
+        sizes[kind] = {"bytes": graph_bytes(written[kind]), "fp32_bytes": graph_bytes(float32[kind])}
     return {
         "kept": list(kept.layers),
         "why": kept.why,
@@ -331,8 +374,14 @@ def _measured(
 
 
 def _manifest(
-    request: CalibrationRequest, bundle: Bundle, key: str, files: Mapping[str, Mapping[str, Any]], kept: Sequence[str]
+    request: CalibrationRequest,
+    prepared: Prepared,
+    key: str,
+    files: Mapping[str, Mapping[str, Any]],
+    kept: Sequence[str],
 ) -> dict[str, Any]:
+    bundle, half = prepared.bundle, prepared.float16
+    rest = ["all else", "attention products", *kept]
     graphs = {}
     for kind, entry in bundle.manifest["graphs"].items():
         graphs[kind] = {**entry, **files[kind]["main"], "cpu": files[kind].get("cpu")}
@@ -341,7 +390,8 @@ def _manifest(
         "precision": {
             "name": request.precision,
             "networks": f"{request.precision} products with constant weights",
-            "float32": ["all else", "attention products", *kept],
+            "float32": rest if half is None else half.manifest["precision"]["float32"],
+            **({} if half is None else {"float16": rest}),
         },
         "graphs": graphs,
         "engines": [],

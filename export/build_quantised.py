@@ -1,7 +1,7 @@
-"""gtr-export build --precision int8|fp8: the fp32 graphs first, then their calibration.
+"""gtr-export build --precision int8|fp8: the fp32 and the fp16 graphs first, then their calibration.
 
-The fp32 bundle lies beside the wanted one while that is made, so that a kill loses no finished stage of either, and
-goes away at the end.
+Both bundles lie beside the wanted one while that is made, so that a kill loses no finished stage, and go away at the
+end.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from .sources import resolve_weights
 def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """See :func:`~.build.build`; raises also what :func:`~..calibration.bundle.quantise_bundle` does."""
     entry, choices = request.entry(), request.calibration
-    source = request.out.with_name(f"{request.out.name}.fp32")
+    sources = {name: request.out.with_name(f"{request.out.name}.{name}") for name in ("fp32", "fp16")}
     wanted = CalibrationRequest(
-        source,
+        sources["fp32"],
         request.out,
         request.precision,
+        sources["fp16"],
         images=choices.images,
         plan=choices.plan,
         keep=choices.keep,
@@ -35,17 +36,18 @@ def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
     )
     images = calibration_images(entry.architecture, choices.images)
     weights = resolve_weights(request.model, entry, request.checkpoint, request.vae, request.random_weights, reporter)
-    float32 = replace(request, precision="fp32", out=source, force=False)
-    keys = stage_keys(float32, weights)
+    requests = [replace(request, precision=name, out=out, force=False) for name, out in sources.items()]
+    keys = [stage_keys(part, weights) for part in requests]
     with lock(request.out):
         settle(request.out)
         report = finished(wanted, entry.architecture.name, calibration_key(wanted, keys, images, request.max_batch))
     if report is not None:
-        return _result(request.out, dict.fromkeys([*keys, "calibration", "manifest"], "cached"))
-    stages = build(float32, reporter).stages
+        return _result(request.out, dict.fromkeys([*keys[0], "calibration", "manifest"], "cached"))
+    stages, _ = (build(part, reporter).stages for part in requests)
     result: CalibrationResult = quantise_bundle(wanted, reporter)
-    shutil.rmtree(source)
-    source.with_name(f".{source.name}.lock").unlink(missing_ok=True)
+    for source in sources.values():
+        shutil.rmtree(source)
+        source.with_name(f".{source.name}.lock").unlink(missing_ok=True)
     return _result(request.out, {**stages, "calibration": result.state, "manifest": result.state})
 
 

@@ -45,6 +45,8 @@ BUILD_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
     ("--keep", "keep", _Keep(), "auto", "int8, fp8: the worst N layers, or what the gate needs, stay in float32."),
 )
 
+_FLOAT16 = ("--float16", "float16", _PATH, None, "fp16 bundle of the same checkpoint: what GPUs do not quantise.")
+
 _MORE_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
     ("--method", "method", click.Choice(_METHODS), None, "Range of an activation (default: mse; fp8: max)."),
     ("--percentile", "percentile", float, 99.99, "Of method percentile: share of the values inside."),
@@ -101,7 +103,7 @@ def _request(bundle: Path, out: Path | None, precision: str, calibration: dict[s
 @click.argument("bundle", type=_PATH)
 @click.option("--precision", type=click.Choice(QUANTISED), default="int8", show_default=True)
 @click.option("--out", type=_PATH, help="Bundle folder (default: beside BUNDLE, its name with the precision).")
-@calibration_options((*BUILD_OPTIONS, *_MORE_OPTIONS))
+@calibration_options((*BUILD_OPTIONS, _FLOAT16, *_MORE_OPTIONS))
 @click.option("--force", is_flag=True, help="Calibrate again, and replace what is at --out.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def calibrate(
@@ -119,6 +121,8 @@ def calibrate(
     print_table(
         ["flavour", "error of z", "of eps", "of images", "limit", "size", "kept"], report_rows(result.report)
     )  # fmt: skip
+    if result.report["rest"] == "fp32":
+        click.echo("attention stays float32 on GPUs; --float16 with an fp16 bundle of the same checkpoint changes that")
     state = "is up to date" if result.state == "cached" else f"calibrated in {seconds:.0f} s"
     click.echo(f"{result.bundle} {state}; next: {following}")
 
@@ -149,7 +153,7 @@ def report_rows(report: Any) -> list[list[str]]:
 @click.option(
     "--flavour", type=click.Choice(("tensorrt", "cpu")), default="tensorrt", show_default=True, help="Of int8."
 )
-@calibration_options((*BUILD_OPTIONS[:2], *_MORE_OPTIONS))
+@calibration_options((*BUILD_OPTIONS[:2], _FLOAT16, *_MORE_OPTIONS))
 @click.option("--images", "per_layer", is_flag=True, help="Also whole images for each layer; slow.")
 @click.option("--plot", type=_PATH, help="PNG to write.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..runtime.errors import GtrError
 from ..runtime.graphs import OPSETS, GraphSpec, TensorSpec
+from .models.diffusion_head import TimestepEmbedder
 from .models.layers import transpose_for_export
 
 #: Example sizes to trace with: all different and at least 2, so that no axis is specialised or taken for another.
@@ -40,11 +41,14 @@ def example_inputs(spec: GraphSpec) -> tuple[torch.Tensor, ...]:
 def export_graph(module: nn.Module, spec: GraphSpec, precision: str, path: Path) -> None:
     """Writes ``path`` (and ``path``.data when the weights are large).
 
-    The module's Linear weights are transposed in place: use it for nothing else afterwards.
+    The module is rewritten in place (weights transposed, timesteps tabulated): use it for nothing else afterwards.
 
     Raises:
         GtrError: the exporter failed, or the graph's inputs, outputs or axes are not those of the contract.
     """
+    for part in module.modules():
+        if isinstance(part, TimestepEmbedder):
+            part.tabulate_for_export()
     transpose_for_export(module)
     axes = {name: torch.export.Dim.DYNAMIC for name in spec.symbols}
     dynamic = tuple({i: axes[a] for i, a in enumerate(t.axes) if isinstance(a, str)} for t in spec.inputs)

@@ -150,8 +150,9 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
         "decoder",
         (_real("latents", "B", total, channels),),
         (TensorSpec("image", "uint8", ("B", height, breadth, 3)),),
-        tolerances={"fp32": 4e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 4e-3, "fp8": 4e-3},
-        against_fp32={"fp32": 4e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 4e-3, "fp8": 4e-3},
+        # Quantised bundles have the decoder in fp16 for GPUs.
+        tolerances={"fp32": 4e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-2, "fp8": 1e-2},
+        against_fp32={"fp32": 4e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-2, "fp8": 1e-2},
         smallest={"B": 1},
         usual={"B": 1},
         largest={"B": max_batch},

