@@ -21,14 +21,13 @@ from ..runtime.console import Reporter
 from ..runtime.errors import BundleError, GtrError, UsageError
 from ..runtime.files import link_or_copy, write_json
 from ..runtime.folders import lock, partial_folder, settle, swap
-from ..runtime.graphs import QUANTISED
-from ..runtime.plan import SamplingPlan, preset, resolve
-from .collect import BATCH, Collected, collect
+from .collect import Collected, collect
 from .data import CalibrationImages, calibration_images
 from .layers import QUANTISED_KINDS
 from .probes import Probes, image_errors, outputs, record
 from .quantize import quantise_graph
-from .ranges import DEFAULT_PERCENTILE, METHODS, Range, layer_ranges
+from .ranges import Range, layer_ranges
+from .request import CalibrationRequest, Prepared, prepare
 from .sensitivity import Bench, Kept, choose_kept
 
 FLAVOURS_OF = {"int8": ("tensorrt", "cpu"), "fp8": ("fp8",)}
@@ -38,45 +37,6 @@ METHOD_OF = {"int8": "mse", "fp8": "max"}
 """Measured best on mar-digits (docs/quantization.md); E4M3 has range to spare."""
 
 
-@dataclass(frozen=True)
-class CalibrationRequest:
-    """What to make; the defaults are the commands'.
-
-    Attributes:
-        source: fp32 bundle.
-        out: bundle to write.
-        float16: fp16 bundle of the same checkpoint. Graphs for GPUs take from it what is not quantised, attention above
-            all, which is several times as fast there; without it that stays float32. Graphs for CPUs do not.
-        precision: one of ``graphs.QUANTISED``.
-        images: number of calibration images.
-        plan: preset to sample with.
-        keep: ``auto`` or a number of layers, see :func:`~.sensitivity.choose_kept`.
-        method: one of ``ranges.METHODS``; :data:`METHOD_OF` if None.
-        percentile: of method ``percentile``.
-        labels, latents: see :func:`~.data.calibration_images`.
-        batch_size: images per batch.
-        compared: images that errors are measured on; their seeds count from 0.
-        threads: of one call.
-        force: do everything again.
-    """
-
-    source: Path
-    out: Path
-    precision: str = "int8"
-    float16: Path | None = None
-    images: int = 64
-    plan: str = "gtr"
-    keep: int | str = "auto"
-    method: str | None = None
-    percentile: float = DEFAULT_PERCENTILE
-    labels: Sequence[int] | None = None
-    latents: Path | None = None
-    batch_size: int = BATCH
-    compared: int = 4
-    threads: int | None = None
-    force: bool = False
-
-
 @dataclass
 class CalibrationResult:
     """What a run did: ``built`` or ``cached``, and the report that is in the bundle."""
@@ -84,69 +44,6 @@ class CalibrationResult:
     bundle: Path
     state: str
     report: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A source bundle, read and found fit for quantisation."""
-
-    bundle: Bundle
-    graphs: Mapping[str, Path]
-    float16: Bundle | None
-    plan: SamplingPlan
-    images: CalibrationImages
-
-    def sources(self, flavour: str) -> Mapping[str, Path]:
-        """The float graphs that a flavour's are written from."""
-        return self.graphs if flavour == "cpu" or self.float16 is None else self.float16.graph_paths()
-
-
-def prepare(request: CalibrationRequest) -> Prepared:
-    """Checks the request before the long part.
-
-    Raises:
-        UsageError, BundleError: settings out of range, calibration data that does not fit, or a source of another
-            precision than fp32.
-    """
-    if request.precision not in QUANTISED:
-        raise UsageError(f"precision {request.precision!r} is not one of {', '.join(QUANTISED)}")
-    if request.method not in (None, *METHODS):
-        raise UsageError(f"calibration method {request.method!r} is not one of {', '.join(METHODS)}")
-    if request.precision == "fp8" and request.method in ("mse", "entropy"):
-        raise UsageError(f"calibration method {request.method} is for integers; fp8 takes max or percentile")
-    if request.compared < 1:
-        raise UsageError("no images to compare on; give at least 1")
-    source = Bundle.load(request.source)
-    if source.precision in QUANTISED:
-        raise UsageError(f"{request.source} is quantised already ({source.precision}); start from an fp32 bundle")
-    if source.precision != "fp32":
-        raise UsageError(f"{request.source} is {source.precision}; calibration starts from an fp32 bundle")
-    architecture = source.architecture
-    plan = resolve(preset(request.plan, architecture, source.plan_defaults), architecture)
-    images = calibration_images(architecture, request.images, request.labels, latents=request.latents)
-    return Prepared(source, source.graph_paths(), _float16(request, source), plan, images)
-
-
-def _float16(request: CalibrationRequest, source: Bundle) -> Bundle | None:
-    if request.float16 is None:
-        return None
-    half = Bundle.load(request.float16)
-    if half.precision != "fp16":
-        raise UsageError(f"{request.float16} is {half.precision}; --float16 takes an fp16 bundle")
-    if _weights(half) != _weights(source):
-        raise UsageError(f"{request.float16} was built from other weights than {request.source}")
-    if half.max_batch < source.max_batch:
-        raise UsageError(
-            f"{request.float16} is for batches up to {half.max_batch}, {request.source} up to {source.max_batch}"
-        )
-    return half
-
-
-def _weights(bundle: Bundle) -> tuple[Any, ...]:
-    """What tells one set of weights from another, wherever their files lie."""
-    source = bundle.manifest["source"]
-    files = [source[name] and source[name]["sha256"] for name in ("checkpoint", "vae")]
-    return (bundle.architecture, source["random_weights"], *files)
 
 
 def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> CalibrationResult:

@@ -10,8 +10,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ..calibration.bundle import CalibrationRequest, CalibrationResult, calibration_key, finished, quantise_bundle
+from ..calibration.bundle import CalibrationResult, calibration_key, finished, quantise_bundle
 from ..calibration.data import calibration_images
+from ..calibration.request import CalibrationRequest
 from ..runtime.bundle import Bundle
 from ..runtime.console import Reporter
 from ..runtime.folders import lock, settle

@@ -86,7 +86,7 @@ def check_calibration(precision: str, calibration: dict[str, Any]) -> None:
 
 
 def _request(bundle: Path, out: Path | None, precision: str, calibration: dict[str, Any], force: bool = False) -> Any:
-    from ..calibration.bundle import CalibrationRequest
+    from ..calibration.request import CalibrationRequest
     from ..runtime.bundle import Bundle
     from ..runtime.labels import parse_classes
 

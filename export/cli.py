@@ -171,7 +171,7 @@ def engine(
 @click.option("--images", type=click.IntRange(1, 64), default=2, show_default=True, help="Images per preset.")
 @click.option(
     "--backend",
-    type=click.Choice(("onnxruntime", "tensorrt", "tensorrt-rtx")),
+    type=click.Choice(("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")),
     default="onnxruntime",
     show_default=True,
     help="What is checked: the graphs on the CPU, or engines on the GPU.",

@@ -6,7 +6,8 @@
     4 images   whole generations agree with the torch backend, image by image, for every preset
 
 Rungs 1 and 2 need the bundle alone; 3 and 4 also the weights that it was built from. No rung says anything about
-picture quality or speed. Tolerances are declared with the graphs (runtime/graphs.py).
+picture quality or speed. Beside them stands one warning: that a checkpoint does not bear t = 999 (respacing.py).
+Tolerances are declared with the graphs (runtime/graphs.py).
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.architecture import Architecture
+from ..runtime.backends import BackendOptions, open_backend
 from ..runtime.backends.base import Backend, DeviceBackend, Floats
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ..runtime.backends.openvino import OpenVinoBackend
 from ..runtime.backends.tensorrt import TensorRTBackend
 from ..runtime.bundle import Bundle
 from ..runtime.console import Reporter
 from ..runtime.engines import FLAVOURS, EngineSet, choose_engines
 from ..runtime.errors import BackendError, BundleError, GtrError
-from ..runtime.graphs import IMAGE_TOLERANCES, QUANTISED, GraphSpec, graph_specs
+from ..runtime.graphs import IMAGE_TOLERANCES, NETWORKS, QUANTISED, GraphSpec, graph_specs
 from ..runtime.machine import examine_machine
 from ..runtime.noise import SeededNoise
 from ..runtime.plan import PRESETS, preset, resolve
 from ..runtime.sampler import sample
 from .graph_inputs import covered_presets, covered_specs, graph_inputs
+from .respacing import Respacing, measure_respacing
 from .sources import Weights, weights_of_bundle
 
 RUNGS = ("loads", "finite", "graphs", "images")
@@ -44,7 +48,7 @@ CPU_BUDGET = 20e12
 """FLOPs per preset and backend up to which whole generations are compared without being asked for by name."""
 
 
-GraphRunner = OnnxRuntimeBackend | TensorRTBackend
+GraphRunner = OnnxRuntimeBackend | OpenVinoBackend | TensorRTBackend
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Report:
     evaluated_with: str
     checks: list[Check] = field(default_factory=list)
     engine: str = "onnxruntime"
+    respacing: Respacing | None = None
 
     @property
     def file(self) -> str:
@@ -110,6 +115,7 @@ class Report:
             "rung_reached": self.reached,
             "failed": self.failed,
             "checks": [asdict(check) for check in self.checks],
+            "respacing": self.respacing.to_json() if self.respacing else None,
         }
 
 
@@ -126,7 +132,7 @@ def verify(
 
     Args:
         folder: the bundle.
-        engine: what to check: ``onnxruntime`` on the CPU, or the bundle's engines of a flavour, on the GPU.
+        engine: ``onnxruntime`` or ``openvino``, on the CPU; or the bundle's engines of a flavour, on the GPU.
         checkpoint, vae: the files it was built from, where they have moved.
         plans: presets to compare whole generations for; by default all that are within ``CPU_BUDGET``.
         images: images per preset.
@@ -143,8 +149,8 @@ def verify(
     weights, why_not = weights_of_bundle(bundle, checkpoint, vae, reporter)
     if weights is not None and importlib.util.find_spec("torch") is None:
         weights, why_not = None, "torch is not installed; pip install 'gtr-deploy[export]'"
-    emulated = bundle.precision == "bf16" and engines is None
-    with_what = engines.key if engines else "onnxruntime cpu"
+    emulated = bundle.precision == "bf16" and engine == "onnxruntime"
+    with_what = engines.key if engines else f"{engine} cpu"
     report = Report(
         bundle.architecture.name,
         bundle.precision,
@@ -157,6 +163,9 @@ def verify(
             stack.callback(backend.close)
         if backend is not None:
             specs = graph_specs(bundle.architecture, bundle.max_batch)
+            if isinstance(backend, OpenVinoBackend):
+                report.evaluated_with = backend.description
+                specs = {kind: specs[kind] for kind in NETWORKS}
             if engines is not None:
                 specs = covered_specs(specs, bundle, engines)
                 plans = plans or covered_presets(bundle, engines)
@@ -165,9 +174,21 @@ def verify(
                 _graphs(backend, specs, bundle, weights, report, reporter)
             if weights is not None and not report.failed:
                 _images(backend, bundle, weights, report, reporter, plans, images)
+            if isinstance(backend, OnnxRuntimeBackend) and not report.failed:
+                _respacing(backend, bundle, report, reporter)
         _skip_the_rest(report, why_not)
     bundle.write_report(report.file.removesuffix(".json"), report.to_json())
     return report
+
+
+def _respacing(backend: Backend, bundle: Bundle, report: Report, reporter: Reporter) -> None:
+    """Warns of a checkpoint that does not bear t = 999. Random weights never do, and nobody wants their pictures."""
+    if bundle.manifest["source"].get("random_weights") is not None:
+        return
+    with reporter.stage("respacing: timesteps up to 999 and up to 950"):
+        report.respacing = measure_respacing(backend, bundle.architecture)
+    if warning := report.respacing.warning(int(bundle.plan_defaults.get("max_timestep", 999))):
+        reporter.say(f"warning: {warning}")
 
 
 def _skip_the_rest(report: Report, why_not: str) -> None:
@@ -195,12 +216,7 @@ def _loads(
         with reporter.stage("checksums and loading"):
             if engines is not None:
                 return _engines_load(bundle, engines, report)
-            paths = bundle.graph_paths(target="cpu")
-            if bundle.precision == "bf16":
-                from .bfloat16 import widen
-
-                paths = {kind: widen(path, scratch / path.name) for kind, path in paths.items()}
-            backend = OnnxRuntimeBackend(paths, optimised=bundle.precision != "fp8")
+            backend = _cpu_backend(bundle, report.engine, scratch)
     except (BundleError, BackendError) as error:
         report.checks.append(Check("loads", "all graphs", "failed", note=str(error)))
         return None
@@ -211,8 +227,21 @@ def _loads(
     report.checks += [
         Check("loads", kind, "ok", note=f"opset {files.opset}, {files.bytes / 2**20:.1f} MiB")
         for kind, files in bundle.graphs.items()
+        if report.engine == "onnxruntime" or kind in NETWORKS
     ]
     return backend
+
+
+def _cpu_backend(bundle: Bundle, engine: str, scratch: Path) -> OnnxRuntimeBackend | OpenVinoBackend:
+    if engine == "openvino":
+        opened: Any = open_backend(bundle, BackendOptions("openvino"))
+        return opened
+    paths = bundle.graph_paths(target="cpu")
+    if bundle.precision == "bf16":
+        from .bfloat16 import widen
+
+        paths = {kind: widen(path, scratch / path.name) for kind, path in paths.items()}
+    return OnnxRuntimeBackend(paths, optimised=bundle.precision != "fp8")
 
 
 def _engines_load(bundle: Bundle, engines: EngineSet, report: Report) -> GraphRunner:

@@ -24,7 +24,7 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
         "--cuda-graph",
         click.Choice(CUDA_GRAPH_MODES),
         "auto",
-        "What is captured as a CUDA graph; onnxruntime and torch only tell off from the rest.",
+        "What is captured as a CUDA graph; onnxruntime and torch only tell off from the rest, openvino has none.",
     ),
     ("--threads", click.IntRange(1, 1024), None, "Threads of one engine call on the CPU."),
 )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from .backends import ENTRY_POINTS, cpu_provider_refusal
+from .backends import ENTRY_POINTS, cpu_provider_refusal, openvino_refusal
+from .backends.openvino_library import version_problem
 from .bundle import Bundle
 from .console import print_json, print_table
 from .engines import EngineSet, rebuild_command, refusal
@@ -22,6 +23,7 @@ from .machine import INSTALL, Machine, examine_machine
 BACKEND = "backend "
 _USE = {
     "onnxruntime": "runs graphs as they are",
+    "openvino": "runs graphs as they are, on CPUs",
     "tensorrt": "builds and runs engines",
     "tensorrt-rtx": "builds and runs engines",
     "cuda-bindings": "GPU memory and streams for TensorRT",
@@ -56,6 +58,7 @@ def diagnose(machine: Machine, bundle: Bundle | None) -> list[Finding]:
         described, damage = _bundle(bundle)
         findings.append(described)
     findings += [_onnxruntime_cpu(machine, bundle, damage), _onnxruntime_cuda(machine, damage)]
+    findings.append(_openvino(machine, bundle, damage))
     for flavour in _OLDEST:
         findings += _engines(flavour, machine, bundle)
     points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
@@ -123,6 +126,15 @@ def _onnxruntime_cuda(machine: Machine, damage: str) -> Finding:
         reason = "this onnxruntime has no CUDA provider; pip uninstall -y onnxruntime && " + INSTALL["onnxruntime-cuda"]
     reason = reason or damage
     return _backend("onnxruntime cuda", reason, f"onnxruntime {machine.versions.get('onnxruntime')}, CUDA provider")
+
+
+def _openvino(machine: Machine, bundle: Bundle | None, damage: str) -> Finding:
+    found = machine.versions.get("openvino")
+    reason = _lacks("openvino", machine) if found is None else version_problem(found) or damage
+    if not reason and bundle is not None:
+        reason = openvino_refusal(bundle) or ""
+    bfloat16 = "bfloat16" if "BF16" in machine.openvino_capabilities else "float32, since this CPU has no bfloat16"
+    return _backend("openvino", reason, f"openvino {found}, bf16 bundles in {bfloat16}")
 
 
 def _engines(flavour: str, machine: Machine, bundle: Bundle | None) -> list[Finding]:

@@ -1,6 +1,6 @@
 """What this machine has: GPU, driver, engine libraries. Looks only: nothing here raises, and nothing runs on the GPU.
 
-Imports onnxruntime and TensorRT (their import decides whether they are usable), never torch or onnx.
+Imports onnxruntime, OpenVINO and TensorRT (their import decides whether they are usable), never torch or onnx.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import ModuleType
 INSTALL: Mapping[str, str] = {
     "onnxruntime": "pip install 'gtr-deploy[cpu]'",
     "onnxruntime-cuda": "pip install 'gtr-deploy[gpu]'",
+    "openvino": "pip install 'gtr-deploy[openvino]'",
     "tensorrt": "pip install 'gtr-deploy[tensorrt]'",
     "tensorrt-rtx": "pip install 'gtr-deploy[tensorrt-rtx]'",
 }
@@ -27,6 +28,7 @@ INSTALL: Mapping[str, str] = {
 #: the others, and its parts can also be installed alone.
 _LIBRARIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "onnxruntime": ("onnxruntime", ("onnxruntime", "onnxruntime-gpu")),
+    "openvino": ("openvino", ("openvino",)),
     "tensorrt": (
         "tensorrt",
         (
@@ -80,6 +82,7 @@ class Machine:
         versions: library to version; None where it cannot be used.
         onnxruntime_providers: execution providers that onnxruntime was built with.
         problems: library to one line, for those that are installed but do not import.
+        openvino_capabilities: what OpenVINO computes in on this CPU, such as ``FP32`` and ``BF16``.
     """
 
     system: str
@@ -88,6 +91,7 @@ class Machine:
     versions: Mapping[str, str | None]
     onnxruntime_providers: tuple[str, ...]
     problems: Mapping[str, str] = field(default_factory=dict)
+    openvino_capabilities: tuple[str, ...] = ()
 
 
 def examine_machine() -> Machine:
@@ -101,7 +105,8 @@ def examine_machine() -> Machine:
     gpu, gpu_problem = _find_gpu(versions["cuda-bindings"] is not None)
     providers = _onnxruntime_providers() if versions["onnxruntime"] else ()
     system = f"{platform.system().lower()}-{platform.machine()}"
-    return Machine(system, gpu, gpu_problem, versions, providers, problems)
+    capabilities = _openvino_capabilities() if versions["openvino"] else ()
+    return Machine(system, gpu, gpu_problem, versions, providers, problems, capabilities)
 
 
 def library_version(flavour: str) -> str | None:
@@ -131,6 +136,10 @@ def _examine_library(library: str) -> tuple[str | None, str]:
 def _import_quietly(name: str) -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if name == "openvino":
+            from .backends.openvino_library import import_openvino
+
+            return import_openvino()
         return importlib.import_module(name)
 
 
@@ -145,6 +154,15 @@ def _onnxruntime_providers() -> tuple[str, ...]:
     try:
         return tuple(_import_quietly("onnxruntime").get_available_providers())
     except Exception:  # onnxruntime's own exceptions share no base class
+        return ()
+
+
+def _openvino_capabilities() -> tuple[str, ...]:
+    from .backends.openvino_library import cpu_capabilities
+
+    try:
+        return cpu_capabilities(_import_quietly("openvino"))
+    except Exception:  # such as a processor that OpenVINO does not know
         return ()
 
 

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines import FLAVOURS
 from ..errors import BackendError, UsageError
+from ..graphs import NETWORKS
+from ..machine import INSTALL
 from .base import CUDA_GRAPH_MODES, Backend, DeviceBackend
+from .openvino_library import version_problem
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
     from ..machine import Machine
 
-BACKENDS = ("onnxruntime", *FLAVOURS, "torch")
+BACKENDS = ("onnxruntime", "openvino", *FLAVOURS, "torch")
 PROVIDERS = ("auto", "cpu", "cuda")
 
 ENTRY_POINTS = "gtr_deploy.backends"
@@ -29,7 +32,8 @@ class BackendOptions:
         provider: where onnxruntime and torch compute, one of ``PROVIDERS``; auto is CUDA where it can be used.
         threads: threads of one call on the CPU; the library's default if None.
         device: index of the GPU.
-        cuda_graph: one of ``CUDA_GRAPH_MODES``; onnxruntime and torch only tell ``off`` from the rest.
+        cuda_graph: one of ``CUDA_GRAPH_MODES``; onnxruntime and torch only tell ``off`` from the rest; openvino has
+            none.
         precision: of the torch backend; the bundle's if None.
     """
 
@@ -44,7 +48,8 @@ class BackendOptions:
 def choose_backend(bundle: Bundle, machine: Machine) -> tuple[str, str]:
     """The backend that ``auto`` means, and one line why.
 
-    An engine set of the bundle that can run here, TensorRT before TensorRT-RTX; else ONNX Runtime, on CUDA if it can.
+    An engine set of the bundle that can run here, TensorRT before TensorRT-RTX; else ONNX Runtime on CUDA if it can;
+    else the CPU, where OpenVINO runs what ONNX Runtime cannot, or is not there to run.
     """
     from ..engines import refusal
 
@@ -61,6 +66,15 @@ def choose_backend(bundle: Bundle, machine: Machine) -> tuple[str, str]:
         assert machine.gpu is not None
         return "onnxruntime", f"{refused or 'the bundle has no engines; '}its CUDA provider runs on {machine.gpu.name}"
     missing = machine.gpu_problem if machine.gpu is None else "this onnxruntime has no CUDA provider"
+    found = machine.versions.get("openvino")
+    if found and version_problem(found) is None and openvino_refusal(bundle) is None:
+        if cpu_provider_refusal(bundle):
+            because = f"OpenVINO runs {bundle.precision} bundles there, ONNX Runtime does not"
+            if "BF16" not in machine.openvino_capabilities:
+                because += "; this CPU has no bfloat16, float32 takes its place"
+            return "openvino", f"{refused}on the CPU: {missing}; {because}"
+        if machine.versions.get("onnxruntime") is None:
+            return "openvino", f"{refused}on the CPU: {missing}; ONNX Runtime is not installed"
     return "onnxruntime", f"{refused}on the CPU: {missing}"
 
 
@@ -80,7 +94,18 @@ def cpu_provider_refusal(bundle: Bundle) -> str | None:
         return None
     return (
         "ONNX Runtime's CPU provider has no bfloat16 matrix product; use an fp32 or fp16 bundle "
-        f"(gtr-export build --model {bundle.architecture.name} --precision fp16)"
+        f"(gtr-export build --model {bundle.architecture.name} --precision fp16), or OpenVINO "
+        f"({INSTALL['openvino']})"
+    )
+
+
+def openvino_refusal(bundle: Bundle) -> str | None:
+    """Why OpenVINO cannot run a bundle, and what can be done; None if it can."""
+    if bundle.precision != "fp8":
+        return None
+    return (
+        "OpenVINO rounds to fp8 twice, so that 3 in 1,000 values differ from what the graph says; evaluate it with "
+        "--backend onnxruntime --provider cpu"
     )
 
 
@@ -109,8 +134,13 @@ def resolve_backend(bundle: Bundle, options: BackendOptions) -> tuple[BackendOpt
         options = replace(options, provider=_provider(_machine()))
     if options.backend == "onnxruntime" and options.provider == "cpu" and bundle.precision == "fp8":
         why = (f"{why}; " if why else "") + "fp8 on a CPU is an evaluation at the cost of fp32, not a deployment"
-    if options.backend in FLAVOURS and options.provider != "auto":
+    if options.backend in (*FLAVOURS, "openvino") and options.provider != "auto":
         raise UsageError(f"--provider {options.provider} is for onnxruntime and torch, not for {options.backend}")
+    if options.backend == "openvino":
+        if options.device:
+            raise UsageError(f"--device {options.device} is the index of a GPU; openvino runs on the CPU")
+        if options.cuda_graph not in ("auto", "off"):
+            raise UsageError(f"--cuda-graph {options.cuda_graph} is for GPUs; openvino runs on the CPU")
     if options.precision is not None and options.backend != "torch":
         raise UsageError(f"precision {options.precision}: only torch has a choice, {options.backend} runs the bundle's")
     return options, why
@@ -134,6 +164,13 @@ def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True
         return open_tensorrt(bundle, options.backend, options.device, options.cuda_graph, checksums)
     if options.backend == "torch":
         return _open_torch(bundle, options)
+    if options.backend == "openvino":
+        if reason := openvino_refusal(bundle):
+            raise BackendError(reason)
+        from .openvino import OpenVinoBackend
+
+        paths = bundle.graph_paths(checksums, target="cpu")
+        return OpenVinoBackend({kind: paths[kind] for kind in NETWORKS}, options.threads)
     if options.provider == "cpu" and (reason := cpu_provider_refusal(bundle)):
         raise BackendError(reason)
     from .onnxruntime import OnnxRuntimeBackend

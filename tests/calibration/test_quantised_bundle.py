@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 from gtr_deploy.calibration import bundle as calibration_bundle
-from gtr_deploy.calibration.bundle import CalibrationRequest, quantise_bundle
+from gtr_deploy.calibration.bundle import quantise_bundle
+from gtr_deploy.calibration.request import CalibrationRequest
 from gtr_deploy.export.build import BuildRequest, CalibrationChoices, build
 from gtr_deploy.export.verify import verify
 from gtr_deploy.runtime.backends import BackendOptions, open_backend, resolve_backend

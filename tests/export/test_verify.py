@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +50,6 @@ def _statuses(report: Report) -> dict[str, set[str]]:
 def test_a_sound_bundle_reaches_the_top(
     build_digits: Callable[[str], Path], tmp_path: Path, precision: str, export_cli: Cli
 ) -> None:
-    import shutil
-
     bundle = Path(shutil.copytree(build_digits(precision), tmp_path / "bundle"))
     plans = None if precision == "fp32" else "gtr-fast"
     result = export_cli("verify", bundle, "--images", 1, *(["--plans", plans] if plans else []))
@@ -64,6 +63,22 @@ def test_a_sound_bundle_reaches_the_top(
     assert len(images) == (len(PRESETS) if plans is None else 2)  # half precision: against itself and against fp32
     assert all(c["value"] <= c["tolerance"] for c in images)
     assert "rung reached: images" in export_cli("inspect", bundle).stdout
+
+
+@pytest.mark.parametrize(("precision", "evaluated"), [("fp16", "openvino cpu"), ("bf16", "openvino cpu, b")])
+def test_openvino_is_checked_like_onnx_runtime(
+    build_digits: Callable[[str], Path], tmp_path: Path, precision: str, evaluated: str, export_cli: Cli
+) -> None:
+    bundle = Path(shutil.copytree(build_digits(precision), tmp_path / "bundle"))
+    result = export_cli("verify", bundle, "--images", 1, "--plans", "gtr-fast", "--backend", "openvino")
+    assert result.exit_code == 0, result.output
+    report = Bundle.load(bundle).read_report("parity-openvino")
+    assert report["rung_reached"] == "images"
+    assert report["evaluated_with"].startswith(evaluated)
+    _rewrite(bundle, "diffusion_step", lambda model: model.graph.node.pop())
+    broken = verify(bundle, QUIET, engine="openvino")
+    assert broken.reached == "none"
+    assert next(check for check in broken.checks if check.status == "failed").rung == "loads"
 
 
 def test_a_bundle_that_does_not_load(own_bundle: Path) -> None:
@@ -131,8 +146,6 @@ def test_without_the_checkpoint_the_lower_rungs_are_climbed(own_bundle: Path, tm
 def test_on_a_deployment_machine_without_torch(
     own_bundle: Path, build_digits: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     monkeypatch.setitem(sys.modules, "torch", None)
     report = verify(own_bundle, QUIET)
     assert report.reached == "finite"

@@ -163,6 +163,47 @@ class TestChoice:
         name, why = choose_backend(bundle, replace(WITH_CUDA, onnxruntime_providers=("CPUExecutionProvider",)))
         assert (name, why) == ("onnxruntime", "on the CPU: this onnxruntime has no CUDA provider")
 
+    @pytest.mark.parametrize(
+        ("precision", "installed", "capabilities", "chosen", "words"),
+        [
+            ("fp32", ("onnxruntime", "openvino"), ("FP32", "BF16"), "onnxruntime", "on the CPU: no driver"),
+            ("int8", ("onnxruntime", "openvino"), ("FP32",), "onnxruntime", "on the CPU: no driver"),
+            ("fp32", ("openvino",), ("FP32",), "openvino", "on the CPU: no driver; ONNX Runtime is not installed"),
+            ("bf16", ("onnxruntime", "openvino"), ("FP32", "BF16"), "openvino", "ONNX Runtime does not"),
+            ("bf16", ("openvino",), ("FP32",), "openvino", "this CPU has no bfloat16, float32 takes its place"),
+            ("bf16", ("onnxruntime",), (), "onnxruntime", "on the CPU: no driver"),
+            ("fp8", ("openvino",), ("FP32",), "onnxruntime", "on the CPU: no driver"),
+            ("fp32", (), (), "onnxruntime", "on the CPU: no driver"),
+        ],
+    )
+    def test_on_cpus(
+        self,
+        bundle: Bundle,
+        precision: str,
+        installed: tuple[str, ...],
+        capabilities: tuple[str, ...],
+        chosen: str,
+        words: str,
+    ) -> None:
+        versions = {"onnxruntime": "1.31.1", "openvino": "2026.4.1"}
+        machine = replace(
+            BARE,
+            versions={name: version for name, version in versions.items() if name in installed},
+            openvino_capabilities=capabilities,
+        )
+        name, why = choose_backend(replace(bundle, precision=precision), machine)
+        assert name == chosen
+        assert why.endswith(words)
+        assert "\n" not in why
+
+    def test_an_old_openvino_is_not_chosen(self, bundle: Bundle) -> None:
+        machine = replace(BARE, versions={"openvino": "2025.4.0"})
+        assert choose_backend(bundle, machine)[0] == "onnxruntime"
+
+    def test_cuda_comes_before_openvino(self, bundle: Bundle) -> None:
+        machine = replace(WITH_CUDA, versions={"onnxruntime": "1.31.1", "openvino": "2026.4.1"})
+        assert choose_backend(replace(bundle, precision="bf16"), machine)[0] == "onnxruntime"
+
     def test_engines_that_fit_come_first(self, bundle: Bundle) -> None:
         rtx, full = _engines(bundle, "tensorrt-rtx", "1.7.0"), _engines(bundle, "tensorrt", "11.4.0")
         both = replace(bundle, engine_sets=(rtx, full))
@@ -184,10 +225,13 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("options", "error", "line"),
         [
-            (BackendOptions("caffe"), BackendError, "backend 'caffe' is not one of auto, onnxruntime, tensorrt, "),
+            (BackendOptions("caffe"), BackendError, "backend 'caffe' is not one of auto, onnxruntime, openvino, "),
             (BackendOptions(provider="tpu"), BackendError, "provider 'tpu' is not one of auto, cpu, cuda"),
             (BackendOptions(cuda_graph="on"), BackendError, "CUDA graph mode 'on' is not one of auto, generation, "),
             (BackendOptions("tensorrt", "cpu"), UsageError, "--provider cpu is for onnxruntime and torch, not for "),
+            (BackendOptions("openvino", "cuda"), UsageError, "--provider cuda is for onnxruntime and torch, not for "),
+            (BackendOptions("openvino", device=1), UsageError, "--device 1 is the index of a GPU; openvino runs on "),
+            (BackendOptions("openvino", cuda_graph="step"), UsageError, "--cuda-graph step is for GPUs; openvino runs"),
             (BackendOptions("onnxruntime", precision="fp16"), UsageError, "precision fp16: only torch has a choice"),
         ],
     )
@@ -202,6 +246,10 @@ class TestChoice:
         bundle = Bundle.load(build_digits("bf16"))
         with pytest.raises(BackendError, match="no bfloat16 matrix product; use an fp32 or fp16 bundle"):
             open_backend(bundle, BackendOptions("onnxruntime", "cpu"))
+
+    def test_fp8_on_openvino(self, bundle: Bundle) -> None:
+        with pytest.raises(BackendError, match=r"rounds to fp8 twice.* --backend onnxruntime --provider cpu$"):
+            open_backend(replace(bundle, precision="fp8"), BackendOptions("openvino"))
 
     def test_torch_through_its_entry_point(
         self, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,7 @@ from gtr_deploy.runtime.machine import Gpu, Machine, examine_machine, library_ve
 ADA = Gpu("NVIDIA L4", "8.9", 24 * 2**30, "13.0")
 VERSIONS = {
     "onnxruntime": "1.31.1",
+    "openvino": "2026.4.1",
     "tensorrt": "11.4.0.106",
     "tensorrt-rtx": "1.7.1.116",
     "cuda-bindings": "13.5.0",
@@ -98,6 +99,7 @@ class TestMachine:
         assert set(machine.versions) == set(VERSIONS)
         assert machine.versions["numpy"]
         assert "CPUExecutionProvider" in machine.onnxruntime_providers
+        assert "FP32" in machine.openvino_capabilities
 
     def test_versions_are_those_that_import(self) -> None:
         tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is installed by make test")
@@ -114,7 +116,7 @@ class TestMachine:
         expected = "tensorrt 10.13.3 is installed but does not import: libnvinfer.so.11: cannot open shared object file"
         assert machine.problems == {"tensorrt": expected}
         assert set(machine.versions.values()) == {None}
-        assert machine.onnxruntime_providers == ()
+        assert machine.onnxruntime_providers == machine.openvino_capabilities == ()
         assert _statuses(machine)["backend tensorrt"][1] == f"{expected}; pip install 'gtr-deploy[tensorrt]'"
 
     def test_a_librarys_warnings_are_not_shown(
@@ -175,7 +177,8 @@ class TestMachine:
 class TestDiagnosis:
     def test_everything_runs(self) -> None:
         findings = diagnose(EVERYTHING, None)
-        assert can_run(findings) == ["onnxruntime cpu", "onnxruntime cuda", "tensorrt", "tensorrt-rtx", "torch"]
+        engines = ["tensorrt", "tensorrt-rtx"]
+        assert can_run(findings) == ["onnxruntime cpu", "onnxruntime cuda", "openvino", *engines, "torch"]
         assert {finding.status for finding in findings} == {"ok", "info"}
         text = " ".join(finding.detail for finding in findings)
         assert "NVIDIA L4, compute capability 8.9, 24 GiB, driver 13.0" in text
@@ -187,6 +190,7 @@ class TestDiagnosis:
         assert found["onnxruntime"][1].endswith("pip install 'gtr-deploy[cpu]'")
         assert found["backend onnxruntime cpu"][1].endswith("pip install 'gtr-deploy[cpu]'")
         assert found["backend onnxruntime cuda"][1].endswith("pip install 'gtr-deploy[gpu]'")
+        assert found["backend openvino"] == ("missing", "openvino is not installed; pip install 'gtr-deploy[openvino]'")
         assert found["backend tensorrt"] == (
             "missing",
             "tensorrt is not installed; pip install 'gtr-deploy[tensorrt]'",
@@ -217,6 +221,11 @@ class TestDiagnosis:
                 ["no CUDA provider", "pip uninstall -y onnxruntime && pip install 'gtr-deploy[gpu]'"],
             ),
             (replace(EVERYTHING, gpu=None, gpu_problem="no driver"), "onnxruntime cuda", ["no driver"]),
+            (
+                replace(EVERYTHING, versions={**VERSIONS, "openvino": "2025.4.0"}),
+                "openvino",
+                ["openvino 2025.4.0 is too old, 2026.3 is needed", "install --upgrade 'gtr-deploy[openvino]'"],
+            ),
         ],
     )
     def test_reasons(self, machine: Machine, subject: str, words: list[str]) -> None:
@@ -275,6 +284,18 @@ class TestDiagnosis:
         assert "no bfloat16" in found["backend onnxruntime cpu"][1]
         assert "--precision fp16" in found["backend onnxruntime cpu"][1]
         assert found["backend onnxruntime cuda"][0] == "ok"
+
+    def test_bf16_on_openvino(self, bundle: Bundle) -> None:
+        found = _statuses(EVERYTHING, replace(bundle, precision="bf16"))
+        status, detail = found["backend openvino"]
+        assert (status, detail.endswith("bf16 bundles in float32, since this CPU has no bfloat16")) == ("ok", True)
+        able = replace(EVERYTHING, openvino_capabilities=("FP32", "BF16", "INT8"))
+        assert _statuses(able)["backend openvino"][1].endswith("bf16 bundles in bfloat16")
+        assert "gtr-deploy[openvino]" in found["backend onnxruntime cpu"][1]
+
+    def test_fp8_is_not_for_openvino(self, bundle: Bundle) -> None:
+        status, detail = _statuses(EVERYTHING, replace(bundle, precision="fp8"))["backend openvino"]
+        assert (status, "rounds to fp8 twice" in detail) == ("missing", True)
 
     def test_torch_needs_the_checkpoint(self, bundle: Bundle) -> None:
         lost = {"checkpoint": {"path": "/no/such.pth", "sha256": ""}, "vae": None, "random_weights": None}
@@ -336,7 +357,7 @@ class TestCommand:
 
 
 def test_works_where_nothing_can_be_imported(digits_bundle: Path) -> None:
-    refused = ("torch", "onnx", "onnxruntime", "cuda", "tensorrt", "tensorrt_rtx", "polygraphy")
+    refused = ("torch", "onnx", "onnxruntime", "openvino", "cuda", "tensorrt", "tensorrt_rtx", "polygraphy")
     program = f"""
 import sys
 class Refuse:
