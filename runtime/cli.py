@@ -14,6 +14,7 @@ from .backend_options import backend_options, load_pipeline
 from .console import CommandGroup, Reporter, print_json, print_table
 from .doctor import doctor
 from .errors import UsageError
+from .evaluate import evaluate
 from .plan import SamplingPlan, preset, resolve
 from .plan_options import chosen_plan, plan_options
 
@@ -308,6 +309,7 @@ def bench(
 
 
 main.add_command(doctor)
+main.add_command(evaluate)
 
 if __name__ == "__main__":
     main()

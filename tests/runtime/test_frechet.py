@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from gtr_deploy.calibration.frechet import feature_statistics, frechet_distance
 from gtr_deploy.runtime.errors import UsageError
+from gtr_deploy.runtime.frechet import feature_statistics, frechet_distance
 
 
 def _sets(features: int = 12) -> tuple[np.ndarray, np.ndarray]:
