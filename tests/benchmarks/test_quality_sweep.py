@@ -1,0 +1,124 @@
+"""benchmarks/quality.py on small configurations: it goes on where it stopped, and what it reuses changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import quality as script
+import quality_configurations
+import quality_figures as figures
+from click.testing import CliRunner
+from PIL import Image
+from remembering import RememberingBackend
+
+from gtr_deploy.runtime.architecture import ARCHITECTURES, PLAN_DEFAULTS
+from gtr_deploy.runtime.errors import UsageError
+from gtr_deploy.runtime.pipeline import Pipeline
+from gtr_deploy.runtime.plan_options import chosen_plan
+
+SMALL: dict[str, Any] = {
+    "stage_steps": (2, 1, 1),
+    "generation_diffusion": (8, 8),
+    "reconstruction_diffusion": 4,
+    "fts_diffusion": 8,
+}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> tuple[quality_configurations.Configuration, ...]:
+    """Three configurations of four short AR steps; the second shares all but the last of them with the first."""
+    entry = quality_configurations.Configuration
+    chosen = (
+        entry("preset", "gtr", SMALL),
+        entry("fts", "fts none", {**SMALL, "fts": "none"}),
+        entry("preset", "gtr-compact", SMALL, "gtr-compact"),
+    )
+    for module in (script, figures):
+        monkeypatch.setattr(module, "CONFIGURATIONS", chosen)
+    monkeypatch.setattr(figures, "FAILURES", ("gtr", "gtr-compact"))
+    monkeypatch.setattr(figures, "OFF_THE_CHART", 1000.0)  # so few steps make bad pictures
+    monkeypatch.setattr(script, "PAIRS", (("gtr-compact", "fts none"),))
+    return chosen
+
+
+def test_configurations_fit_the_model_and_differ() -> None:
+    entries = quality_configurations.CONFIGURATIONS
+    assert entries[0].name == script.BASE
+    assert len({entry.name for entry in entries}) == len(entries)
+    plans = [
+        chosen_plan(entry.preset, entry.overrides, ARCHITECTURES["mar-digits"], PLAN_DEFAULTS["mar-digits"]).settings
+        for entry in entries
+    ]
+    assert len({json.dumps({**plan.to_json(), "name": ""}) for plan in plans}) == len(entries)
+    assert set(figures.FAILURES) <= {entry.name for entry in entries}
+    assert {factor for _, _, factors in figures.QUESTIONS for factor in factors} == {e.factor for e in entries}
+    assert {name for pair in quality_configurations.PAIRS for name in pair} <= {entry.name for entry in entries}
+
+
+def test_reused_steps_change_nothing(
+    small: tuple[quality_configurations.Configuration, ...], digits_pipeline: Pipeline
+) -> None:
+    backend = RememberingBackend(digits_pipeline.backend)  # type: ignore[arg-type]
+    remembering = Pipeline(digits_pipeline.architecture, backend, digits_pipeline.plan_defaults)
+    spent = []
+    for entry in small:
+        plan = chosen_plan(entry.preset, entry.overrides, digits_pipeline.architecture, digits_pipeline.plan_defaults)
+        backend.reused_cpu = backend.reused_wall = 0.0
+        found = remembering.generate([1, 2, 3], [5, 6, 7], plan)
+        wanted = digits_pipeline.generate([1, 2, 3], [5, 6, 7], plan)
+        np.testing.assert_array_equal(found.latents, wanted.latents)
+        spent.append((backend.reused_cpu, backend.reused_wall))
+    assert spent[0] == (0, 0)
+    assert min(spent[1]) > 0
+    assert spent[2] == (0, 0)  # another decoder context: nothing is shared
+
+
+@pytest.mark.usefixtures("small")
+def test_it_goes_on_where_it_stopped(digits_bundle: Path, tmp_path: Path) -> None:
+    results = tmp_path / "r.jsonl"
+    arguments = [str(digits_bundle), "--results", str(results), "--pictures", str(tmp_path / "p")]
+
+    def run(*more: str) -> Any:
+        return CliRunner().invoke(script.main, [*arguments, *more])
+
+    first = run("--images", "20", "--blocks", "1")
+    assert first.exit_code == 0, first.output
+    assert "3/3 block 0 gtr-compact" in first.output
+    whole = results.read_text()
+    lines = whole.splitlines()
+    assert len(lines) == 5
+    assert json.loads(lines[4])["pair"] == ["gtr-compact", "fts none"]
+    assert set(json.loads(lines[0])["environment"]) >= {"bundle", "images", "threads", "cpu", "onnxruntime", "numpy"}
+    assert json.loads(lines[1])["difference"] == {}
+    low, high = json.loads(lines[3])["difference"]["frechet_distance"][1:]
+    assert low < high
+
+    assert run("--images", "20", "--blocks", "1").output == ""
+    results.write_text("\n".join(lines[:4])[:-40])  # killed while it wrote
+    again = run("--images", "20", "--blocks", "1")
+    assert "1/1 block 0 gtr-compact" in again.output
+    for name in ("figures", "pooled", "difference"):
+        assert json.loads(results.read_text().splitlines()[3])[name] == json.loads(lines[3])[name]
+
+    second = run("--images", "20", "--blocks", "2")
+    assert second.exit_code == 0, second.output
+    *_, last, pair = map(json.loads, results.read_text().splitlines())
+    assert last["block"] == 1
+    assert last["pooled_blocks"] == [0, 1]
+    assert pair["images"] == 40
+    refused = run("--images", "30")
+    assert isinstance(refused.exception, UsageError)
+    assert "another bundle or --images" in str(refused.exception)
+
+    figures.draw(digits_bundle, script.read_lines(results), tmp_path / "docs")
+    for name in ("quality", "quality-time", "quality-flops", "quality-fts", "quality-failures"):
+        with Image.open(tmp_path / "docs" / f"{name}.png") as picture:
+            assert picture.width > 300
+    rows = figures.rows_of(script.read_lines(results))
+    assert [(row.name, row.images) for row in rows] == [("gtr", 40), ("fts none", 40), ("gtr-compact", 40)]
+    assert rows[0].difference == {}
+    assert figures.markdown(rows[2]).count("|") == 11
