@@ -111,14 +111,14 @@ def plot_points(everything: Sequence[Points], folder: Path) -> list[Path]:
         everything: each model is shown with the first of these that has it.
 
     Returns:
-        What was written: ``performance-latency.png`` of the model with most contenders among those with a reference;
+        What was written: ``performance-latency.png`` of the largest model among those with a reference;
         ``-parts`` and ``-roofline`` of all models.
     """
     main = everything[0]
     if not main.ran:
         return []
     with_reference = [model for model in main.models if main.reference(model) is not None]
-    model = max(reversed(with_reference or main.models), key=lambda name: len(_of(main, name)))
+    model = max(with_reference or main.models, key=main.work)
     cpu = main.ran[-1]["environment"]["cpu"]
     shown: list[tuple[Points, Record]] = []
     for points in everything:

@@ -55,16 +55,12 @@ class Points:
 
     @classmethod
     def all(cls, records: Sequence[Record]) -> list[Points]:
-        """One per number of threads: first the one that ratios are taken from, then the others.
-
-        That is the fewest threads of which there is a reference: PyTorch's threads wait for each other in every
-        operator, so that with several of them whatever else runs on the machine slows it down more than the others.
-        """
+        """One per number of threads, the most first that have a reference: plots and targets begin with those."""
         found = [cls.of([r for r in records if r["threads"] == n]) for n in sorted({r["threads"] for r in records})]
         if not found:
             raise UsageError("no measured points; compare.py measure makes them")
         # The largest model that has a reference decides: a small one is measured with any number of threads.
-        with_reference = [(max(p.work(m) for m in p.models if p.reference(m)), -p.rates.threads, p)
+        with_reference = [(max(p.work(m) for m in p.models if p.reference(m)), p.rates.threads, p)
                           for p in found if any(p.reference(m) for m in p.models)]  # fmt: skip
         main = max(with_reference, key=lambda entry: entry[:2])[2] if with_reference else cls.of(records)
         return [main, *(p for p in found if p.rates.threads != main.rates.threads)]

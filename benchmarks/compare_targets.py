@@ -41,16 +41,24 @@ class Result:
 
 
 def results(everything: Sequence[Points]) -> list[Result]:
-    """All targets: from the first points, or what they lack from the others, which then say their threads."""
+    """All targets, by the first points and what they lack by the others. Ratios to the original name all numbers of
+    threads: PyTorch's threads wait for each other in every operator, so that how many there are decides much."""
     rows = {row.target: row for row in _results(everything[0])}
     for points in everything[1:]:
         for row in _results(points):
+            found = rows.get(row.target)
             if not row.measured:
                 continue
-            if row.target not in rows or not rows[row.target].measured:
+            if found is None or not found.measured:
                 rows[row.target] = replace(row, measured=f"{row.measured}; {points.threads}")
+            elif row.wanted.startswith("≥"):
+                text = f"{found.measured}; with {points.threads} {row.measured}"
+                verdict = found.verdict
+                if row.verdict.startswith(MISSED) and found.verdict == MET:
+                    verdict = f"met, but {MISSED} with {points.threads}"
+                rows[row.target] = replace(found, measured=text, verdict=verdict)
     # What has a number of its own replaces the line that stands for all of its kind.
-    if len([name for name in rows if "batch 1 →" in name]) > 1:
+    if any("batch 1 →" in name for name in rows if name != BATCHES):
         rows.pop(BATCHES, None)
     # Targets on a GPU stay last.
     last = {name for name, _ in GPU_TARGETS}

@@ -20,7 +20,7 @@ GROUPS = {"gtr-run": run_main, "gtr-export": export_main}
 def _commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")  # commands that go on in the next line
         lines = re.findall(r"^ {4}(?:\S*/)?(gtr-(?:run|export) .*)$", text, re.MULTILINE)
         found += [(page.name, command) for command in [*lines, *re.findall(r"`(gtr-(?:run|export) [^`]*)`", text)]]
     return found
