@@ -43,7 +43,7 @@ def test_points_are_measured_once(measure: Measure, digits_bundle: Path, results
     arguments = [digits_bundle, "--mode", "calls", "--samples", "3"]
     first = measure(*arguments)
     assert first.exit_code == 0, first.stderr
-    assert "mar-digits | gtr-fast | 1 | onnxruntime fp32 | calls" in first.stdout
+    assert "mar-digits | gtr-fast | 1 | onnxruntime fp32 | 1 | calls" in first.stdout
     (record,) = read_records(results_file)
     assert record["seconds"] == pytest.approx(sum(record["parts"].values()))
     assert sum(call[record["columns"].index("head_seconds")] for call in record["calls"]) == pytest.approx(

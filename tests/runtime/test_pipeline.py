@@ -123,13 +123,13 @@ def test_plan_by_name_settings_or_itself(digits_pipeline: Pipeline) -> None:
 
 
 def test_unknown_backend(digits_bundle: Path) -> None:
-    with pytest.raises(BackendError, match="'tensorflow' is not one of auto, onnxruntime, tensorrt, "):
+    with pytest.raises(BackendError, match="'tensorflow' is not one of auto, onnxruntime, openvino, tensorrt, "):
         Pipeline.load(digits_bundle, backend="tensorflow")
 
 
 def test_bfloat16_is_refused_before_anything_is_opened(build_digits: Callable[[str], Path]) -> None:
     with pytest.raises(BackendError, match="no bfloat16 matrix product; use an fp32 or fp16 bundle"):
-        Pipeline.load(build_digits("bf16"))
+        Pipeline.load(build_digits("bf16"), "onnxruntime")
 
 
 def test_half_precision_makes_nearly_the_same_picture(
