@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,6 @@ DOCS = HERE.parent / "docs" / "performance.md"
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Measures how fast bundles generate, and says it in tables and plots."""
-    # Tables of reverse steps are read-only arrays; torch warns of each, though nothing writes to them.
-    warnings.filterwarnings("ignore", message=".*not writable.*")
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -15,7 +15,6 @@ from gtr_deploy.runtime.backends import BACKENDS
 from gtr_deploy.runtime.backends.base import Condition, DeviceBackend, DiffusionChain
 from gtr_deploy.runtime.benchmark import TimedBackend, TimedDeviceBackend
 from gtr_deploy.runtime.noise import SeededNoise
-from gtr_deploy.runtime.orders import generation_orders
 from gtr_deploy.runtime.sampler import diffusion_chain, sample
 
 ORIGINAL = "original"
@@ -150,11 +149,7 @@ class PipelineContender:
         labels = [index % architecture.classes for index in range(batch)]
         seeds = list(range(seed, seed + batch))
         noise = SeededNoise(seeds, architecture.token_channels)
-        settings = plan.settings
-        orders = generation_orders(
-            settings.order, architecture.grid, len(settings.stage_steps), settings.parity, seeds
-        )  # fmt: skip
-        sample(backend, plan, architecture, labels, seeds, noise, orders)
+        sample(backend, plan, architecture, labels, seeds, noise)
 
     def close(self) -> None:
         self._pipeline.close()

@@ -77,7 +77,7 @@ def examine() -> Environment:
     from gtr_deploy.runtime.machine import examine_machine
 
     gpu = examine_machine().gpu
-    name, flags = _cpu()
+    name, flags = cpu_details()
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -96,7 +96,7 @@ def examine() -> Environment:
     )
 
 
-def _cpu() -> tuple[str, set[str]]:
+def cpu_details() -> tuple[str, set[str]]:
     """Model name and instruction flags; the flags are empty where there is no /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -9,7 +9,7 @@ from typing import Any
 
 from compare_contenders import REFERENCES
 from compare_records import Record
-from roofline import Rates, combined
+from roofline import Rates, combined, thread_count
 
 from gtr_deploy.runtime import UsageError
 from gtr_deploy.runtime.architecture import ARCHITECTURES
@@ -68,7 +68,7 @@ class Points:
     @property
     def threads(self) -> str:
         """Such as ``2 threads``."""
-        return f"{self.rates.threads} thread" + ("s" if self.rates.threads > 1 else "")
+        return thread_count(self.rates.threads)
 
     def work(self, model: str) -> float:
         """FLOPs per image of the model's largest plan."""

@@ -9,7 +9,6 @@ slows short operators down. (Not called profile.py: a module of that name would 
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from compare_plots import Bar, plot_stacked
 from compare_records import examine, load_average, now
 from profile_operators import OperatorTime, ProfiledSessions
 from profile_parts import ENGINE, HOST, PARTS, Clock, Profile, profile_parts, thinned, watched_sessions
+from roofline import thread_count
 
 from gtr_deploy.runtime import Bundle, Pipeline, SamplingPlan
 from gtr_deploy.runtime.backends import BACKENDS
@@ -119,9 +119,8 @@ def full_report(
 def heading(value: dict[str, Any]) -> str:
     """One line that names a report."""
     name = f"{value['model']} {value['precision']} {value['plan']}, {value['backend']}"
-    threads = f"{value['threads']} thread" + ("s" if value["threads"] > 1 else "")
     measured = f"{value['seconds']:.2f} s in {len(value['ar_steps'])} AR steps"
-    return f"{name}, {threads}: {measured}, host {value['host_share']:.2%}"
+    return f"{name}, {thread_count(value['threads'])}: {measured}, host {value['host_share']:.2%}"
 
 
 @click.group(cls=CommandGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -143,7 +142,6 @@ def profile(
     json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Profiles one generation, without the VAE decoder."""
-    warnings.filterwarnings("ignore", message=".*not writable.*")
     bundle = Bundle.load(folder)
     value, found, operators = full_report(bundle, plan, backend, threads, batch_size, ar_steps, Reporter())
     if plot is not None:

@@ -9,7 +9,6 @@ Speed does not depend on the activation ranges, so any do here; docs/quantizatio
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import click
 import numpy as np
+from compare_records import cpu_details
 
 from gtr_deploy.calibration.layers import DEFAULT_KEEP, quantisable, read_graph
 from gtr_deploy.calibration.quantize import quantise_graph
@@ -33,15 +33,9 @@ VARIANTS = ("fp32", "int8")
 
 def cpu_name() -> str:
     """Model name, and whether it has 8-bit dot products."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    values = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = values.get("flags", "").split()
+    name, flags = cpu_details()
     dots = [flag for flag in ("avx_vnni", "avx512_vnni", "amx_int8") if flag in flags]
-    return f"{values.get('model name', 'CPU')} ({', '.join(dots) or 'AVX2 without VNNI' if 'avx2' in flags else '?'})"
+    return f"{name} ({', '.join(dots) or 'AVX2 without VNNI' if 'avx2' in flags else '?'})"
 
 
 def call_inputs(bundle: Bundle, kind: str, sizes: dict[str, int]) -> dict[str, np.ndarray]:

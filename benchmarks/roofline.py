@@ -65,8 +65,12 @@ class Rates:
     @property
     def text(self) -> str:
         """Such as ``86 GFLOP/s, 10.2 GB/s on 1 thread``."""
-        threads = f"{self.threads} thread" + ("s" if self.threads > 1 else "")
-        return f"{self.matrix / 1e9:.0f} GFLOP/s, {self.memory / 1e9:.1f} GB/s on {threads}"
+        return f"{self.matrix / 1e9:.0f} GFLOP/s, {self.memory / 1e9:.1f} GB/s on {thread_count(self.threads)}"
+
+
+def thread_count(threads: int) -> str:
+    """Such as ``2 threads``."""
+    return f"{threads} thread" + ("s" if threads > 1 else "")
 
 
 def measure_rates(threads: int, seconds: float = 8.0) -> Rates:

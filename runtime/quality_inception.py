@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from .errors import GtrError, UsageError
 from .frechet import FeatureStatistics, StatisticsSum, frechet_distance
+from .plugins import load_plugin
 from .quality import Estimate, Z, negative_entropy
 
 FEATURES = 2048
@@ -142,12 +142,5 @@ def open_inception(weights: Path | None, device: str | None) -> Extract:
     Raises:
         GtrError: it is not installed, or cannot be opened.
     """
-    found = tuple(entry_points(group=ENTRY_POINTS, name="inception"))
-    missing = f"Inception features come with torch-fidelity; {INSTALL}"
-    if not found:
-        raise GtrError(missing)
-    try:
-        open_features: Any = found[0].load()
-    except ImportError as error:
-        raise GtrError(f"{missing} ({error})") from None
+    open_features = load_plugin(ENTRY_POINTS, "inception", f"Inception features come with torch-fidelity; {INSTALL}")
     return open_features(weights, device)

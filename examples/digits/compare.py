@@ -21,7 +21,7 @@ from gtr_deploy.runtime.bundle import graph_bytes
 from gtr_deploy.runtime.console import Reporter, print_table
 from gtr_deploy.runtime.pipeline import Generation
 from gtr_deploy.runtime.quality import balanced_labels
-from gtr_deploy.runtime.quality_digits import digit_figures, real_digits
+from gtr_deploy.runtime.quality_digits import DigitMeasure, real_digits
 
 SPEED_BATCHES = 5
 """Batches that are timed, bundles taking turns, so that a busy machine is busy for all of them."""
@@ -60,7 +60,7 @@ def compare(
     """Class accuracy, Frechet distance to the real digits, latents error, size and speed, per bundle."""
     reporter = Reporter(quiet=as_json)
     judge, real = train_judge(), real_digits()
-    labels = balanced_labels(images, 10)
+    labels, once = balanced_labels(images, 10), np.ones(images, dtype=np.int64)
     pipelines = [load(folder, threads) for folder in bundles]
     made: list[Generation] = []
     for folder, pipeline in zip(bundles, pipelines, strict=True):
@@ -80,9 +80,9 @@ def compare(
                 "plan": plan,
                 "images": images,
                 "class_accuracy": judge.accuracy(generation.images, labels),
-                "frechet_distance": digit_figures(real.sample(generation.images, labels), real)[
+                "frechet_distance": DigitMeasure(real.sample(generation.images, labels), real)(once)[
                     "frechet_distance"
-                ].value,
+                ],
                 "latents_error": {
                     "median": float(np.median(errors)),
                     "p95": float(np.percentile(errors, 95)),

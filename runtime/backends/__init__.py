@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..engines import FLAVOURS
 from ..errors import BackendError, UsageError
@@ -189,16 +189,10 @@ def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True
 
 def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:
     """Through its entry point: the runtime imports nothing of the export side."""
-    from importlib.metadata import entry_points
+    from ..plugins import load_plugin
 
     missing = "the torch backend comes with the export side; pip install 'gtr-deploy[export]'"
-    found = tuple(entry_points(group=ENTRY_POINTS, name="torch"))
-    if not found:
-        raise BackendError(missing)
-    try:
-        open_torch: Any = found[0].load()
-    except ImportError as error:
-        raise BackendError(f"{missing} ({error})") from None
+    open_torch = load_plugin(ENTRY_POINTS, "torch", missing, BackendError)
     device = options.provider
     if device == "cuda" or (device == "auto" and options.device):
         device = f"cuda:{options.device}"
