@@ -148,6 +148,13 @@ class TestOnnxRuntimeBackend:
             OnnxRuntimeBackend({"backbone": tmp_path / "x.onnx"})
         assert "\n" not in str(caught.value)
 
+    def test_idle_threads_do_not_spin(self, digits_bundle: Path) -> None:
+        """Each graph has a thread pool: one that spins takes the cores from the others."""
+        paths = {kind: digits_bundle / "graphs" / f"{kind}.onnx" for kind in ("backbone", "diffusion_step")}
+        for session in OnnxRuntimeBackend(paths)._sessions.values():
+            options = session.get_session_options()
+            assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
     def test_missing_graph_and_wrong_input(self, digits_bundle: Path) -> None:
         backend = OnnxRuntimeBackend({"decoder": digits_bundle / "graphs" / "decoder.onnx"}, threads=1)
         with pytest.raises(BackendError, match="no backbone graph"):
