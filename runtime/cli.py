@@ -11,11 +11,12 @@ import click
 
 from .architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
 from .backend_options import backend_options, load_pipeline
+from .bench import bench
 from .console import CommandGroup, Reporter, print_json, print_table
 from .doctor import doctor
 from .errors import UsageError
 from .evaluate import evaluate
-from .plan import SamplingPlan, preset, resolve
+from .plan import preset, resolve
 from .plan_options import chosen_plan, plan_options
 
 if TYPE_CHECKING:
@@ -241,73 +242,7 @@ def _model_of(bundle: str) -> tuple[Architecture, Mapping[str, Any]]:
     return opened.architecture, opened.plan_defaults
 
 
-@main.command()
-@click.argument("bundle", type=_BUNDLE)
-@plan_options(multiple=True)
-@click.option("--batch-size", default="1", show_default=True, help="Batch sizes, separated by commas.")
-@click.option("--repeat", type=click.IntRange(1, 1000), default=5, show_default=True)
-@backend_options
-@_json_option
-def bench(
-    bundle: Path,
-    plan: str,
-    overrides: Mapping[str, Any],
-    batch_size: str,
-    repeat: int,
-    engine: BackendOptions,
-    as_json: bool,
-) -> None:
-    """Time whole generations: warm-up, then the median of --repeat runs, and where the time goes."""
-    from .benchmark import PARTS, measure
-    from .bundle import Bundle
-
-    try:
-        sizes = [int(part) for part in batch_size.split(",")]
-    except ValueError:
-        raise UsageError(f"--batch-size {batch_size!r} is not a list of whole numbers such as 1,8") from None
-    if min(sizes) < 1:
-        raise UsageError(f"--batch-size {batch_size}: every size must be at least 1")
-    opened = Bundle.load(bundle)
-    plans: list[SamplingPlan] = [
-        chosen_plan(name.strip(), overrides, opened.architecture, opened.plan_defaults) for name in plan.split(",")
-    ]
-    reporter = Reporter(quiet=as_json)
-    pipeline = load_pipeline(opened, engine, reporter)
-    measurements = []
-    for resolved in plans:
-        for size in sizes:
-            with reporter.stage(f"plan {resolved.settings.name}, batch {size}, {repeat} runs"):
-                measurements.append(measure(pipeline, resolved, size, repeat))
-    if as_json:
-        print_json(
-            {
-                "model": opened.architecture.name,
-                "precision": opened.precision,
-                "backend": pipeline.backend.name,
-                "backend_why": pipeline.backend_why,
-                "measurements": [measurement.to_json() for measurement in measurements],
-            }
-        )
-        return
-    rows = []
-    for measurement in measurements:
-        figures = measurement.to_json()
-        rows.append(
-            [
-                measurement.plan,
-                str(measurement.batch_size),
-                f"{figures['median']:.3f}",
-                f"{figures['p5']:.3f}",
-                f"{figures['p95']:.3f}",
-                f"{measurement.images_per_second:.2f}",
-                f"{measurement.peak_memory / 2**20:.0f}",
-                *(f"{measurement.shares[part]:.1%}" for part in PARTS),
-            ]
-        )
-    columns = ["plan", "batch", "median s", "p5 s", "p95 s", "images/s", "peak MiB", *PARTS]
-    print_table(columns, rows, title=f"{opened.architecture.name}, {opened.precision}, {pipeline.backend.name}")
-
-
+main.add_command(bench)
 main.add_command(doctor)
 main.add_command(evaluate)
 

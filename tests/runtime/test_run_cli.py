@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import Result
 from PIL import Image
 
+from gtr_deploy.runtime.bench import _verdicts
+from gtr_deploy.runtime.benchmark import Measurement
+from gtr_deploy.runtime.bundle import Bundle
+from gtr_deploy.runtime.doctor import can_run, diagnose
+from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.images import read_settings
+from gtr_deploy.runtime.machine import examine_machine
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.plan import PlanSettings
 
@@ -194,6 +201,52 @@ class TestBench:
         table = run_cli("bench", digits_bundle, "--plan", "gtr-fast", "--repeat", 1)
         assert "images/s" in table.stdout
         assert "backbone" in table.stdout
+
+    def test_all_backends(self, run_cli: Cli, digits_bundle: Path) -> None:
+        options = ["--plan", "gtr-fast", "--stage-steps", "2,1,1", "--repeat", 1, "--threads", 1, "--all-backends"]
+        able = can_run(diagnose(examine_machine(), Bundle.load(digits_bundle)))
+        report = json.loads(run_cli("bench", digits_bundle, *options, "--batch-size", "1,2", "--json").stdout)
+        measured = [(m["backend"], m["batch_size"]) for m in report["measurements"]]
+        assert measured == [(name, size) for name in able if name != "torch" for size in (1, 2)]
+        assert {"onnxruntime cpu", "openvino"} <= {name for name, _ in measured}
+        assert report["backend"] in able
+        assert report["backend_why"]
+        assert report["failed"] == {}
+        assert [line.partition(":")[0] for line in report["verdicts"]] == ["gtr-fast, batch 1", "gtr-fast, batch 2"]
+        table = run_cli("bench", digits_bundle, *options)
+        assert f"without --backend: {report['backend']}" in table.stderr
+        assert "gtr-fast, batch 1: " in table.stdout.splitlines()[-1]
+        assert "peak MiB" not in table.stdout  # it would be that of all backends before, too
+
+    def test_backends_that_fail_are_left_out(
+        self, run_cli: Cli, digits_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*_: Any, **__: Any) -> None:
+            raise BackendError("no such instruction")
+
+        monkeypatch.setattr("gtr_deploy.runtime.backends.openvino.OpenVinoBackend.__init__", broken)
+        options = ["--stage-steps", "2,1,1", "--repeat", 1, "--threads", 1, "--all-backends", "--json"]
+        result = run_cli("bench", digits_bundle, *options)
+        report = json.loads(result.stdout)
+        assert report["failed"] == {"openvino": "no such instruction"}
+        assert "openvino" not in {m["backend"] for m in report["measurements"]}
+        monkeypatch.setattr("gtr_deploy.runtime.backends.onnxruntime.OnnxRuntimeBackend.__init__", broken)
+        _one_line_error(run_cli("bench", digits_bundle, *options), 1, "gtr-run doctor")
+
+    def test_verdicts(self) -> None:
+        def seconds(*values: float) -> list[Measurement]:
+            return [Measurement("gtr", size, (value,), {}, 0, 0) for size, value in enumerate(values, start=1)]
+
+        taken = "is taken without --backend"
+        assert _verdicts({"onnxruntime cpu": seconds(3.0, 4.0), "openvino": seconds(2.0, 5.0)}, "onnxruntime cpu") == [
+            f"gtr, batch 1: openvino is fastest, 1.50 times as fast as onnxruntime cpu, which {taken}",
+            f"gtr, batch 2: onnxruntime cpu is fastest, and {taken}",
+        ]
+        assert _verdicts({"openvino": seconds(2.0)}, "onnxruntime cpu") == ["gtr, batch 1: openvino is fastest"]
+
+    @pytest.mark.parametrize("choice", [("--backend", "openvino"), ("--provider", "cpu")])
+    def test_all_backends_and_one(self, run_cli: Cli, digits_bundle: Path, choice: tuple[str, str]) -> None:
+        _one_line_error(run_cli("bench", digits_bundle, "--all-backends", *choice), 2, "--all-backends")
 
     @pytest.mark.parametrize("size", ["0", "a", "1,,2", "-1"])
     def test_bad_batch_size(self, run_cli: Cli, digits_bundle: Path, size: str) -> None:
