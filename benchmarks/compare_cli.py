@@ -9,10 +9,12 @@ from typing import Any
 import click
 from compare_bundles import RANDOM_MODELS, load_bundles, make_bundles
 from compare_contenders import ORIGINAL
+from compare_plans import known_plans
 from compare_plots import plot_points
 from compare_profiles import profiles_table, run_profiles
 from compare_records import examine, latest, now, read_records
 from compare_run import Comparison, Settings
+from compare_scaling import models_table, plot_scaling, steps_table
 from compare_summary import (
     Points,
     batch_table,
@@ -63,7 +65,12 @@ _shared = _options(
 @click.option("--make", "models", multiple=True, help="Build bundles of this model (random weights) if missing.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("bundles"), show_default=True,
               help="Where --make builds.")  # fmt: skip
-@click.option("--plans", default="mar,gtr,gtr-fast", show_default=True, help="Presets.")
+@click.option(
+    "--plans",
+    default="mar,gtr,gtr-fast",
+    show_default=True,
+    help="Presets; gtr:24+6+2 is one with AR steps of its own.",
+)
 @click.option("--batch", default="1", show_default=True, help="Batch sizes.")
 @click.option("--backends", help="Those of torch, onnxruntime, ... that take part; by default all that can.")
 @click.option("--reference-plans", default="mar", show_default=True, help="Plans that torch and the original run.")
@@ -85,10 +92,10 @@ def measure(
         if model not in (*RANDOM_MODELS, "mar-digits"):
             raise UsageError(f"--make {model}: not one of mar-digits, {', '.join(RANDOM_MODELS)}")
     settings = Settings(
-        plans=_known(plans, "--plans", tuple(PRESETS)),
+        plans=known_plans(plans, "--plans"),
         batches=_numbers(batch),
         backends=None if backends is None else _known(backends, "--backends", (*BACKENDS, ORIGINAL)),
-        reference_plans=_known(reference_plans, "--reference-plans", tuple(PRESETS)),
+        reference_plans=known_plans(reference_plans, "--reference-plans"),
         threads=threads, mode=mode, rounds=rounds, samples=samples,
         memory=_known(memory, "--memory", tuple(PRESETS)) if memory else (), provider=provider,
         original=original, force=force,
@@ -173,6 +180,8 @@ SUITE: tuple[dict[str, Any], ...] = (
     {"model": "mar-b", "plans": ("gtr-fast",), "mode": "whole", "rounds": 1, "backends": ("onnxruntime",)},
     {"model": "mar-b", "plans": ("gtr-compact", "disa", "halton"), "mode": "calls", "samples": 4, "rounds": 1,
      "backends": ("onnxruntime",)},
+    {"model": "mar-b", "plans": ("gtr:6+2+1", "gtr:48+12+4"), "mode": "calls", "samples": 4, "rounds": 1,
+     "backends": ("onnxruntime",)},
     {"model": "mar-l", "plans": ("mar", "gtr-fast"), "mode": "calls", "samples": 3, "rounds": 1,
      "backends": ("torch", "onnxruntime")},
 )  # fmt: skip
@@ -194,7 +203,9 @@ def write_docs(results: Path, docs: Path | None, plots: Path | None) -> None:
         embed(docs, _sections(results))
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
-        plot_points(Points.all(latest(read_records(results))), plots)
+        points = Points.all(latest(read_records(results)))
+        plot_points(points, plots)
+        plot_scaling(points, plots)
 
 
 def _sections(results: Path) -> dict[str, str]:
@@ -204,6 +215,8 @@ def _sections(results: Path) -> dict[str, str]:
         "targets": targets_table(points),
         "points": points_table(points),
         "batches": batch_table(points),
+        "AR steps": steps_table(points),
+        "models": models_table(points),
         "validation": validation_table(points),
         "profile": profiles_table(results.parent),
         "not run": refused_table(points),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from compare_contenders import REFERENCES
+from compare_contenders import ORIGINAL, REFERENCES
 from compare_records import Record
 from compare_summary import Points
 from PIL import Image, ImageDraw
@@ -111,14 +111,15 @@ def plot_points(everything: Sequence[Points], folder: Path) -> list[Path]:
         everything: each model is shown with the first of these that has it.
 
     Returns:
-        What was written: ``performance-latency.png`` of the largest model among those with a reference;
-        ``-parts`` and ``-roofline`` of all models.
+        What was written: ``performance-latency.png`` of the largest model that the original ran, or else of
+        the largest with a reference; ``-parts`` and ``-roofline`` of all models.
     """
     main = everything[0]
     if not main.ran:
         return []
-    with_reference = [model for model in main.models if main.reference(model) is not None]
-    model = max(with_reference or main.models, key=main.work)
+    references = {model: found["backend"] for model in main.models if (found := main.reference(model)) is not None}
+    originals = [model for model, backend in references.items() if backend == ORIGINAL]
+    model = max(originals or references or main.models, key=main.work)
     cpu = main.ran[-1]["environment"]["cpu"]
     shown: list[tuple[Points, Record]] = []
     for points in everything:
@@ -143,14 +144,14 @@ def plot_points(everything: Sequence[Points], folder: Path) -> list[Path]:
         "latency",
         f"{model}: seconds of one image without the VAE decoder ({where}); times as fast as the reference",
         "s",
-        [Bar(_name(r), list(_parts(r).items()), _latency_note(main, r)) for r in _of(main, model)],
+        [Bar(_name(r), list(time_parts(r).items()), _latency_note(main, r)) for r in _of(main, model)],
     )
     write(
         "parts",
         f"Share of the time per part, batch 1 ({where})",
         "%",
         [
-            Bar(full_name(p, r), [(k, 100 * v / r["seconds"]) for k, v in _parts(r).items()],
+            Bar(full_name(p, r), [(k, 100 * v / r["seconds"]) for k, v in time_parts(r).items()],
                 f"host {r['parts']['host'] / r['seconds']:.1%}")
             for p, r in shown
         ],
@@ -178,7 +179,8 @@ def _of(points: Points, model: str) -> list[Record]:
     return found
 
 
-def _parts(record: Record) -> dict[str, float]:
+def time_parts(record: Record) -> dict[str, float]:
+    """Seconds of backbone, head and host."""
     return {part: record["parts"][part] for part in ("backbone", "head", "host")}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from compare_calls import CALL_COLUMNS, Job, PlanCalls, time_jobs
 from compare_contenders import ORIGINAL, REFERENCES, Contender, open_contender
 from compare_memory import peak_of
+from compare_plans import named_settings
 from compare_records import (
     Environment,
     Record,
@@ -26,7 +27,7 @@ from roofline import Rates
 
 from gtr_deploy.runtime import Bundle, GtrError, SamplingPlan, UsageError
 from gtr_deploy.runtime.console import Reporter
-from gtr_deploy.runtime.plan import preset, resolve
+from gtr_deploy.runtime.plan import resolve
 
 BACKENDS_OF = {
     "fp32": (ORIGINAL, "torch", "onnxruntime", "openvino"),
@@ -111,7 +112,7 @@ class Comparison:
         for plan_name in s.plans:
             for bundle in bundles:
                 architecture = bundle.architecture
-                plan = resolve(preset(plan_name, architecture, bundle.plan_defaults), architecture)
+                plan = resolve(named_settings(plan_name, architecture, bundle.plan_defaults), architecture)
                 mode = s.mode
                 if mode == "auto":
                     mode = "whole" if plan.flops * batch <= WHOLE_FLOPS else "calls"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_contenders import REFERENCES
+from compare_plans import is_preset
 from compare_records import Record
 from roofline import Rates, combined, thread_count
 
@@ -27,6 +28,7 @@ class Points:
 
     Attributes:
         ran: those with a time, the mode ``calls`` before ``whole`` where a point has both.
+        varied: likewise, of plans with AR steps of their own (compare_plans.py).
         refused: those that could not run.
         rates: the best that were measured there.
     """
@@ -34,6 +36,7 @@ class Points:
     ran: Sequence[Record]
     refused: Sequence[Record]
     rates: Rates
+    varied: Sequence[Record] = ()
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Points:
@@ -46,11 +49,12 @@ class Points:
             raise UsageError("no measured points; compare.py measure makes them")
         threads = records[-1]["threads"]
         own = [record for record in records if record["threads"] == threads]
-        ran = [record for record in own if "seconds" in record]
+        ran = sorted((record for record in own if "seconds" in record), key=lambda record: record["mode"])
         return cls(
-            sorted(ran, key=lambda record: record["mode"]),
+            [record for record in ran if is_preset(record["plan"])],
             [record for record in own if "seconds" not in record],
             combined([Rates.from_json(record["rates"]) for record in own]),
+            [record for record in ran if not is_preset(record["plan"])],
         )
 
     @classmethod

@@ -143,7 +143,7 @@ def _roofline(points: Points, model: str) -> Result:
     gaps = {plan: r["seconds"] / points.matrix_seconds(r) for plan, r in fastest.items()}
     floors = {plan: r["seconds"] / (points.floor(r) or math.inf) for plan, r in fastest.items()}
     order = [plan for plan in PRESETS if plan in gaps]
-    text = ", ".join(f"`{plan}` {gaps[plan]:.2f} (floor {floors[plan]:.2f})" for plan in order)
+    text = ", ".join(f"`{plan}` {gaps[plan]:.2f} ({floors[plan]:.2f} x its floor)" for plan in order)
     return Result(target, "≤ 1.3", text, MET if max(gaps.values()) <= 1.3 else MISSED)
 
 

@@ -128,16 +128,13 @@ class OnnxRuntimeBackend:
         Raises:
             BackendError: the graph is not there, or the call fails.
         """
+        options = None
+        if self._provider == "cuda":
+            # Plain arrays have no fixed addresses, so such a call must neither be captured nor replayed.
+            options = self._runtime.RunOptions()
+            options.add_run_config_entry("gpu_graph_id", "-1")
         with self._one_line_errors(kind):
-            return self._sessions[kind].run(None, dict(inputs), self._plain())
-
-    def _plain(self) -> Any:
-        """Options for calls with plain arrays: they have no fixed addresses, so none may be captured or replayed."""
-        if self._provider != "cuda":
-            return None
-        options = self._runtime.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", "-1")
-        return options
+            return self._sessions[kind].run(None, dict(inputs), options)
 
     @contextlib.contextmanager
     def _one_line_errors(self, kind: str) -> Iterator[None]:
@@ -175,17 +172,15 @@ class OnnxRuntimeBackend:
         branches, batch, predicted, width = condition.shape
         z = condition.value.reshape(branches, batch * predicted, width)[:, chain.rows]
         x = chain.x.copy()
-        with self._one_line_errors("diffusion_step"):
-            call, options = self._sessions["diffusion_step"].run, self._plain()
-            for segment in chain.segments:
-                n = segment.rows
-                inputs = {"x": x[:n], "z": np.ascontiguousarray(z[:, :n]), "guidance": chain.guidance[:n]}
-                for index in range(len(segment.timesteps)):
-                    inputs["timestep"] = segment.timesteps[index]
-                    inputs["coefficients"] = segment.coefficients[index]
-                    inputs["noise"] = segment.noise[index]
-                    (inputs["x"],) = call(None, inputs, options)
-                x[:n] = inputs["x"]
+        for segment in chain.segments:
+            n = segment.rows
+            inputs = {"x": x[:n], "z": np.ascontiguousarray(z[:, :n]), "guidance": chain.guidance[:n]}
+            for index in range(len(segment.timesteps)):
+                inputs["timestep"] = segment.timesteps[index]
+                inputs["coefficients"] = segment.coefficients[index]
+                inputs["noise"] = segment.noise[index]
+                (inputs["x"],) = self.run("diffusion_step", inputs)
+            x[:n] = inputs["x"]
         return x
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:

@@ -123,6 +123,10 @@ def test_unreadable_results(measure: Measure, digits_bundle: Path, results_file:
         (["nowhere"], 1, "nowhere is not a folder"),
         ([], 1, "no bundles"),
         (["nowhere", "--plans", "mar,other"], 2, "--plans 'other'"),
+        (["nowhere", "--plans", "gtr:24+6"], 2, "--plans 'gtr:24+6'"),
+        (["nowhere", "--plans", "gtr:24+x+2"], 2, "--plans 'gtr:24+x+2'"),
+        (["nowhere", "--plans", "gtr:0+6+2"], 2, "--plans 'gtr:0+6+2'"),
+        (["nowhere", "--plans", ","], 2, "--plans ','"),
         (["nowhere", "--batch", "1,none"], 2, "--batch '1,none'"),
         (["nowhere", "--memory", "x"], 2, "--memory 'x'"),
         (["--make", "mar-x"], 2, "--make mar-x"),
@@ -167,7 +171,8 @@ def test_suite_fills_the_page(
     folder.mkdir()
     (folder / "mar-digits-fp32").symlink_to(digits_bundle)
     write_int8(digits_bundle, folder / "mar-digits-int8")
-    part = {"model": "mar-digits", "plans": ("gtr-fast",), "mode": "calls", "samples": 2, "backends": ("onnxruntime",)}
+    plans = ("gtr-fast", "gtr:2+1+1", "gtr:3+1+1")
+    part = {"model": "mar-digits", "plans": plans, "mode": "calls", "samples": 2, "backends": ("onnxruntime",)}
     monkeypatch.setattr(compare_cli, "SUITE", (part,))
     monkeypatch.setattr(compare_cli, "PROFILES", (("mar-digits-fp32", "gtr-fast", 1),))
     monkeypatch.setattr(compare_cli, "make_bundles", lambda *_: None)
@@ -179,4 +184,12 @@ def test_suite_fills_the_page(
     assert "mar-digits fp32 `gtr-fast`, 1 AR steps" in text
     assert "onnxruntime int8" in text
     images = {path.name for path in (page.parent / "images").iterdir()}
-    assert images == {f"performance-{name}.png" for name in ("latency", "parts", "profile")}
+    assert images == {f"performance-{name}.png" for name in ("latency", "parts", "profile", "scaling")}
+    steps, models = (
+        text.partition(f"measured: {name} -->")[2].partition("<!-- end")[0] for name in ("AR steps", "models")
+    )
+    assert [line.split(" | ")[3:5] for line in steps.splitlines() if "int8" in line] == [
+        ["gtr:2+1+1", "4"], ["gtr:3+1+1", "5"], ["gtr-fast", "16"],
+    ]  # fmt: skip
+    assert "gtr:2+1+1" not in text.partition("## All points")[2].partition("## Batch sizes")[0]
+    assert "mar-digits" not in models  # one model says nothing of its size

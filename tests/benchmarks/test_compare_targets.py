@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from compare_plots import nice_step, plot_points
 from compare_records import latest
+from compare_scaling import models_table
 from compare_summary import (
     Points,
     batch_table,
@@ -164,6 +165,19 @@ def test_ratios_name_all_numbers_of_threads() -> None:
     assert verdict == "met, but **not met** with 1 thread"
     assert found["mar-digits: share of the host"][0].endswith("; 1 thread")
     assert list(found)[-2:] == [name for name, _ in GPU_TARGETS]
+
+
+def test_models_are_compared_where_several_ran_a_plan() -> None:
+    """A plan that one model ran is left out, and so is the reference, which is in the column of ratios."""
+    small, large = {"model": "mar-b"}, {"model": "mar-l", "flops": 4e13, "seconds": 500.0}
+    records = [point(**small), point(**small, plan="gtr"), point(**large)]
+    for model, seconds in ((small, 300.0), (large, 800.0)):
+        records.append(point(**model | {"seconds": seconds}, backend="original"))
+    lines = models_table(Points.all(latest(records))).splitlines()[2:]
+    assert [line.strip("| ").split(" | ") for line in lines] == [
+        ["mar", "onnxruntime fp32", "1", "mar-b", "840", "10", "100", "100", "3.00"],
+        ["mar", "onnxruntime fp32", "1", "mar-l", "840", "40", "500", "80", "1.60"],
+    ]
 
 
 def test_documents_keep_what_is_around_the_tables(tmp_path: Path) -> None:
