@@ -39,6 +39,7 @@ from ..runtime.noise import SeededNoise
 from ..runtime.plan import PRESETS, preset, resolve
 from ..runtime.sampler import sample
 from .graph_inputs import covered_presets, covered_specs, graph_inputs
+from .limits import graph_limit
 from .respacing import Respacing, measure_respacing
 from .sources import Weights, weights_of_bundle
 
@@ -302,14 +303,13 @@ def _graphs(
         with reporter.stage(f"parity: {kind}"):
             for precision in precisions:
                 module = _reference(kind, weights, precision)
-                limits = spec.tolerances if precision == bundle.precision else spec.against_fp32
+                limit, note = graph_limit(spec, bundle, precision, report.engine)
                 for name, sizes in _shapes(spec):
                     inputs = graph_inputs(spec, bundle.architecture, sizes, seed=1)
                     error = _largest_error(backend.run(kind, inputs), module(inputs))
-                    limit = limits[bundle.precision]
                     status = "ok" if error <= limit else "failed"
                     subject = f"{kind}, {name}, torch {precision}"
-                    report.checks.append(Check("graphs", subject, status, error, limit))
+                    report.checks.append(Check("graphs", subject, status, error, limit, note))
 
 
 def _references(bundle: Bundle) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,11 +16,13 @@ from gtr_deploy.calibration import bundle as calibration_bundle
 from gtr_deploy.calibration.bundle import quantise_bundle
 from gtr_deploy.calibration.request import CalibrationRequest
 from gtr_deploy.export.build import BuildRequest, CalibrationChoices, build
+from gtr_deploy.export.limits import graph_limit
 from gtr_deploy.export.verify import verify
 from gtr_deploy.runtime.backends import BackendOptions, open_backend, resolve_backend
 from gtr_deploy.runtime.bundle import MANIFEST, Bundle, stored_graph
 from gtr_deploy.runtime.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, UsageError
+from gtr_deploy.runtime.graphs import graph_specs
 from gtr_deploy.runtime.pipeline import Pipeline
 
 QUIET = Reporter(quiet=True)
@@ -142,6 +146,34 @@ def test_verify_compares_with_float32(precision: str, int8: Path, fp8: Path, tmp
     report = verify(folder, QUIET, plans=["gtr-fast"])
     assert report.reached == "images", [check for check in report.checks if check.status == "failed"]
     assert not any(precision in check.subject for check in report.checks)
+
+
+def test_verification_takes_the_calibrations_word_for_z(int8: Path, tmp_path: Path) -> None:
+    """Deeper models lose more than mar-digits; but a report that says too much, or is not sound, changes nothing."""
+    folder = Path(shutil.copytree(int8, tmp_path / "bundle"))
+    report, specs = Bundle.load(folder).read_report("calibration"), graph_specs(Bundle.load(folder).architecture)
+
+    def limit(value: Any, engine: str = "onnxruntime", kind: str = "backbone") -> tuple[float, str]:
+        Bundle.load(folder).write_report("calibration", value)
+        return graph_limit(specs[kind], Bundle.load(folder), "fp32", engine)
+
+    def measured(z: Any, images: float = 0.02) -> dict[str, Any]:
+        changed = copy.deepcopy(report)
+        changed["flavours"]["cpu"] |= {"errors": {"z": z}, "median_image_error": images}
+        return changed
+
+    fixed = (specs["backbone"].against_fp32["int8"], "")
+    assert limit(report) == fixed
+    assert limit(measured(0.06)) == (pytest.approx(0.09), "calibration measured 0.06")
+    assert limit(measured(0.06), engine="openvino") == (pytest.approx(0.09), "calibration measured 0.06")
+    assert limit(measured(0.06), engine="tensorrt-rtx") == fixed
+    assert limit(measured(0.06), kind="diffusion_step") == (specs["diffusion_step"].against_fp32["int8"], "")
+    assert limit(measured(0.9))[0] == 0.25
+    for unsound in (measured(0.06, images=0.5), measured(0.06, images=float("nan")), measured("x"), {}, []):
+        assert limit(unsound) == fixed
+    Bundle.load(folder).write_report("calibration", measured(0.06))
+    (folder / "reports" / "calibration.json").write_text("{}", encoding="utf-8")
+    assert graph_limit(specs["backbone"], Bundle.load(folder), "fp32", "onnxruntime") == fixed
 
 
 def test_build_from_weights(digits_bundle: Path, build_digits, tmp_path: Path) -> None:
