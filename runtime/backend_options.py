@@ -43,7 +43,7 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_pipeline(bundle: Bundle, engine: BackendOptions, reporter: Reporter) -> Pipeline:
-    """Opens the bundle, and says which backend was chosen and why if the user left it open.
+    """Opens the bundle, and says which backend was chosen and why if the user left it open. The caller closes it.
 
     Raises:
         BundleError, BackendError, UsageError: see :meth:`Pipeline.load`.
@@ -54,8 +54,6 @@ def load_pipeline(bundle: Bundle, engine: BackendOptions, reporter: Reporter) ->
         pipeline = Pipeline.load(
             bundle, engine.backend, engine.threads, True, engine.provider, engine.device, engine.cuda_graph
         )
-    if context := click.get_current_context(silent=True):
-        context.call_on_close(pipeline.close)
     if pipeline.backend_why:
         reporter.say(f"backend {pipeline.backend.name}: {pipeline.backend_why}")
     return pipeline

@@ -123,9 +123,8 @@ def _measure(
     """The backend's name, why it was taken if the user left it open, and its measurements."""
     from .benchmark import measure
 
-    pipeline = load_pipeline(bundle, engine, reporter)
     measurements = []
-    with pipeline:
+    with load_pipeline(bundle, engine, reporter) as pipeline:
         for plan in plans:
             for size in sizes:
                 with reporter.stage(f"plan {plan.settings.name}, batch {size}, {repeat} runs"):

@@ -85,7 +85,7 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
 
     reporter = Reporter(quiet=as_json)
-    pipeline = load_pipeline(opened, engine, reporter)
+    pipeline = click.get_current_context().with_resource(load_pipeline(opened, engine, reporter))
     size = batch_size or min(len(labels), opened.max_batch)
     recorder = TraceRecorder(architecture, resolved) if trace else None
     start = time.perf_counter()

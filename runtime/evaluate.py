@@ -137,7 +137,7 @@ def evaluate(
     if images % architecture.classes:
         first = images % architecture.classes
         reporter.say(f"{images} images over {architecture.classes} classes: the first {first} get one more")
-    pipeline = load_pipeline(opened, engine, reporter)
+    pipeline = click.get_current_context().with_resource(load_pipeline(opened, engine, reporter))
     results: list[Evaluated] = []
     for name, resolved in plans.items():
         folder = None if save_images is None else save_images / name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from click.testing import Result
 from PIL import Image
 
 from gtr_deploy.runtime.bench import _verdicts
-from gtr_deploy.runtime.benchmark import Measurement
+from gtr_deploy.runtime.benchmark import PARTS, Measurement
 from gtr_deploy.runtime.bundle import Bundle
 from gtr_deploy.runtime.doctor import can_run, diagnose
 from gtr_deploy.runtime.errors import BackendError
@@ -217,6 +219,24 @@ class TestBench:
         assert f"without --backend: {report['backend']}" in table.stderr
         assert "gtr-fast, batch 1: " in table.stdout.splitlines()[-1]
         assert "peak MiB" not in table.stdout  # it would be that of all backends before, too
+
+    def test_one_backend_in_memory_at_a_time(
+        self, run_cli: Cli, digits_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two of them hold a large model's weights twice."""
+        seen: list[weakref.ref[object]] = []
+        alive: list[int] = []
+
+        def measured(pipeline: Pipeline, *_: object) -> Measurement:
+            gc.collect()
+            alive.append(sum(backend() is not None for backend in seen))
+            seen.append(weakref.ref(pipeline.backend))
+            return Measurement("gtr", 1, (1.0,), dict.fromkeys(PARTS, 0.25), 0, 0)
+
+        monkeypatch.setattr("gtr_deploy.runtime.benchmark.measure", measured)
+        assert run_cli("bench", digits_bundle, "--all-backends", "--json").exit_code == 0
+        assert alive == [0] * len(seen)
+        assert len(seen) > 1
 
     def test_backends_that_fail_are_left_out(
         self, run_cli: Cli, digits_bundle: Path, monkeypatch: pytest.MonkeyPatch
