@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from gtr_deploy.runtime import GtrError, SamplingPlan
-from gtr_deploy.runtime.flops import head_flops
-from gtr_deploy.runtime.plan import ARStep
-from gtr_deploy.runtime.selection import SCORED_RULES
-from gtr_deploy.runtime.shapes import chain_shape
+from gtr_deploy.runtime.models.flops import head_flops
+from gtr_deploy.runtime.sampling.plan import ARStep
+from gtr_deploy.runtime.sampling.selection import SCORED_RULES
+from gtr_deploy.runtime.sampling.shapes import chain_shape
 
 SHORT, LONG = 4, 16
 """Reverse steps of the two chains that are timed."""

@@ -28,9 +28,9 @@ from compare_targets import targets_table
 from roofline import measure_rates
 
 from gtr_deploy.runtime import UsageError
-from gtr_deploy.runtime.backends import BACKENDS
-from gtr_deploy.runtime.console import CommandGroup, Reporter
-from gtr_deploy.runtime.plan import PRESETS
+from gtr_deploy.runtime.backends.registry import BACKENDS
+from gtr_deploy.runtime.commands.console import CommandGroup, Reporter
+from gtr_deploy.runtime.sampling.plan import PRESETS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "compare.jsonl"

@@ -11,11 +11,11 @@ import numpy as np
 from compare_calls import Job, Prepared
 
 from gtr_deploy.runtime import Bundle, Pipeline, SamplingPlan, UsageError
-from gtr_deploy.runtime.backends import BACKENDS
-from gtr_deploy.runtime.backends.base import Condition, DeviceBackend, DiffusionChain
-from gtr_deploy.runtime.benchmark import TimedBackend, TimedDeviceBackend
-from gtr_deploy.runtime.noise import SeededNoise
-from gtr_deploy.runtime.sampler import diffusion_chain, sample
+from gtr_deploy.runtime.backends.protocol import Condition, DeviceBackend, DiffusionChain
+from gtr_deploy.runtime.backends.registry import BACKENDS
+from gtr_deploy.runtime.commands.timing import TimedBackend, TimedDeviceBackend
+from gtr_deploy.runtime.sampling.loop import diffusion_chain, sample
+from gtr_deploy.runtime.sampling.noise import SeededNoise
 
 ORIGINAL = "original"
 REFERENCES = (ORIGINAL, "torch")

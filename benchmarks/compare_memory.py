@@ -16,9 +16,9 @@ from compare_calls import Job, PlanCalls
 from compare_contenders import open_contender
 
 from gtr_deploy.runtime import Bundle, SamplingPlan
-from gtr_deploy.runtime.benchmark import peak_memory
-from gtr_deploy.runtime.console import print_json
-from gtr_deploy.runtime.plan import preset, resolve
+from gtr_deploy.runtime.commands.console import print_json
+from gtr_deploy.runtime.commands.timing import peak_memory
+from gtr_deploy.runtime.sampling.plan import preset, resolve
 
 
 def peak_of(folder: Path, backend: str, plan: str, batch: int, threads: int) -> int | None:

@@ -24,7 +24,7 @@ from compare_calls import Job, Prepared
 from compare_contenders import ORIGINAL, Parts
 
 from gtr_deploy.runtime import Bundle, GtrError, SamplingPlan, UsageError
-from gtr_deploy.runtime.console import Reporter
+from gtr_deploy.runtime.commands.console import Reporter
 
 FILES = ("models/mar.py", "models/diffloss.py", "diffusion/__init__.py")
 
@@ -49,7 +49,7 @@ class OriginalContender:
             raise UsageError(f"--original {folder} has no {missing[0]}; it should be a checkout of LTH14/mar")
         import torch
 
-        from gtr_deploy.export.sources import weights_of_bundle
+        from gtr_deploy.export.build.build.sources import weights_of_bundle
 
         torch.set_num_threads(threads)
         self._torch, self._architecture = torch, bundle.architecture

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from gtr_deploy.runtime import UsageError
-from gtr_deploy.runtime.architecture import Architecture
-from gtr_deploy.runtime.plan import PRESETS, PlanSettings, preset
+from gtr_deploy.runtime.models.architecture import Architecture
+from gtr_deploy.runtime.sampling.plan import PRESETS, PlanSettings, preset
 
 
 def named_settings(name: str, architecture: Architecture, defaults: Mapping[str, Any] | None = None) -> PlanSettings:

@@ -12,9 +12,9 @@ from compare_records import Record
 from compare_summary import Points
 from PIL import Image, ImageDraw
 
-from gtr_deploy.runtime.drawing import BACKGROUND, MARGIN, TEXT, Colour, fitted, load_font
 from gtr_deploy.runtime.files import atomic_path
-from gtr_deploy.runtime.plan import PRESETS
+from gtr_deploy.runtime.pictures.drawing import BACKGROUND, MARGIN, TEXT, Colour, fitted, load_font
+from gtr_deploy.runtime.sampling.plan import PRESETS
 
 COLOURS: dict[str, Colour] = {
     "backbone": (86, 132, 190),

@@ -11,7 +11,7 @@ from profile_generation import full_report, heading, plot_profile
 from profile_parts import HOST
 
 from gtr_deploy.runtime import Bundle
-from gtr_deploy.runtime.console import Reporter
+from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.files import read_json, write_json
 
 OPERATORS = 5

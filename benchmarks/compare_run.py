@@ -26,8 +26,8 @@ from compare_records import (
 from roofline import Rates
 
 from gtr_deploy.runtime import Bundle, GtrError, SamplingPlan, UsageError
-from gtr_deploy.runtime.console import Reporter
-from gtr_deploy.runtime.plan import resolve
+from gtr_deploy.runtime.commands.console import Reporter
+from gtr_deploy.runtime.sampling.plan import resolve
 
 BACKENDS_OF = {
     "fp32": (ORIGINAL, "torch", "onnxruntime", "openvino"),

@@ -13,8 +13,8 @@ from compare_records import Record
 from roofline import Rates, combined, thread_count
 
 from gtr_deploy.runtime import UsageError
-from gtr_deploy.runtime.architecture import ARCHITECTURES
 from gtr_deploy.runtime.files import atomic_path
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 
 BASE_PLAN = "mar"
 

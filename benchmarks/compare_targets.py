@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from compare_summary import Points, host_share, table
 
-from gtr_deploy.runtime.plan import PRESETS
+from gtr_deploy.runtime.sampling.plan import PRESETS
 
 MODEL = "mar-b"
 """Ratios to the original are asked of this model."""

@@ -23,8 +23,8 @@ from profile_parts import ENGINE, HOST, PARTS, Clock, Profile, profile_parts, th
 from roofline import thread_count
 
 from gtr_deploy.runtime import Bundle, Pipeline, SamplingPlan
-from gtr_deploy.runtime.backends import BACKENDS
-from gtr_deploy.runtime.console import CommandGroup, Reporter, print_json, print_table
+from gtr_deploy.runtime.backends.registry import BACKENDS
+from gtr_deploy.runtime.commands.console import CommandGroup, Reporter, print_json, print_table
 from gtr_deploy.runtime.files import write_json
 
 SHOWN = 0.01

@@ -17,9 +17,10 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
-from gtr_deploy.runtime import Pipeline, SamplingPlan, UsageError, sampler
-from gtr_deploy.runtime.backends.base import Backend, DeviceBackend, StepResult
-from gtr_deploy.runtime.noise import SeededNoise
+from gtr_deploy.runtime import Pipeline, SamplingPlan, UsageError
+from gtr_deploy.runtime.backends.protocol import Backend, DeviceBackend, StepResult
+from gtr_deploy.runtime.sampling import loop as sampler
+from gtr_deploy.runtime.sampling.noise import SeededNoise
 
 ENGINE: tuple[str, ...] = ("backbone", "detail", "head")
 HOST: tuple[str, ...] = ("backend host", "orders", "noise", "tables", "selection", "gather")

@@ -30,11 +30,11 @@ from quantization import cpu_name
 from remembering import RememberingBackend
 
 from gtr_deploy.runtime import Bundle, Pipeline, UsageError
+from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.files import atomic_path, cache_dir
-from gtr_deploy.runtime.plan import SamplingPlan
-from gtr_deploy.runtime.plan_options import chosen_plan
-from gtr_deploy.runtime.quality import Estimate, balanced_labels
-from gtr_deploy.runtime.quality_digits import DigitSample, digit_differences, digit_figures, real_digits
+from gtr_deploy.runtime.quality.estimates.digits import DigitSample, digit_differences, digit_figures, real_digits
+from gtr_deploy.runtime.quality.estimates.estimates import Estimate, balanced_labels
+from gtr_deploy.runtime.sampling.plan import SamplingPlan
 
 BASE = "gtr"
 RESULTS = Path(__file__).with_suffix(".jsonl")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gtr_deploy.runtime.backends.base import Backend, Condition, DiffusionChain, Floats, Integers
+from gtr_deploy.runtime.backends.protocol import Backend, Condition, DiffusionChain, Floats, Integers
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from gtr_deploy.runtime import UsageError
-from gtr_deploy.runtime.console import print_json, print_table
+from gtr_deploy.runtime.commands.console import print_json, print_table
 
 MATRIX_SIZES = (512, 1024, 2048)
 """Sides of square fp32 products."""

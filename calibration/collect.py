@@ -18,16 +18,16 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ..runtime.architecture import Architecture
-from ..runtime.backends.base import Condition, DiffusionChain, Floats, Integers
-from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
-from ..runtime.benchmark import peak_memory
-from ..runtime.console import Reporter
+from ..runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from ..runtime.backends.protocol import Condition, DiffusionChain, Floats, Integers
+from ..runtime.commands.console import Reporter
+from ..runtime.commands.timing import peak_memory
 from ..runtime.errors import BackendError, GtrError, UsageError
 from ..runtime.files import atomic_path, sha256
-from ..runtime.noise import SeededNoise
-from ..runtime.plan import SamplingPlan
-from ..runtime.sampler import sample
+from ..runtime.models.architecture import Architecture
+from ..runtime.sampling.loop import sample
+from ..runtime.sampling.noise import SeededNoise
+from ..runtime.sampling.plan import SamplingPlan
 from .data import CalibrationImages
 from .layers import QUANTISED_KINDS, quantisable, read_graph
 from .ranges import BINS, SAMPLES, Statistics

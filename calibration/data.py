@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.architecture import Architecture
-from ..runtime.backends.base import Floats
+from ..runtime.backends.protocol import Floats
 from ..runtime.errors import UsageError
-from ..runtime.noise import checked_seed
+from ..runtime.models.architecture import Architecture
+from ..runtime.sampling.noise import checked_seed
 
 FIRST_SEED = 10**9
 """Calibration's seeds start here, so that it never sees an image that evaluation judges (those count from 0)."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ..runtime.drawing import BACKGROUND, MARGIN, TEXT, Colour, fitted, load_font
 from ..runtime.errors import UsageError
 from ..runtime.files import atomic_path
+from ..runtime.pictures.drawing import BACKGROUND, MARGIN, TEXT, Colour, fitted, load_font
 
 _BAR: Colour = (86, 132, 190)
 _KEPT: Colour = (210, 120, 84)

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.architecture import Architecture
-from ..runtime.backends.base import Condition, DiffusionChain, Floats, Integers
-from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
-from ..runtime.diffusion import COEFFICIENTS, cosine_betas
+from ..runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from ..runtime.backends.protocol import Condition, DiffusionChain, Floats, Integers
 from ..runtime.errors import BackendError, UsageError
-from ..runtime.noise import SeededNoise
-from ..runtime.plan import SamplingPlan
-from ..runtime.sampler import sample
+from ..runtime.models.architecture import Architecture
+from ..runtime.sampling.diffusion import COEFFICIENTS, cosine_betas
+from ..runtime.sampling.loop import sample
+from ..runtime.sampling.noise import SeededNoise
+from ..runtime.sampling.plan import SamplingPlan
 
 #: x0 = 0 x - 1 eps; x_next = 1 x0 + 0 x + no noise.
 _ONLY_EPS = {"sqrt_recipm1_alpha_bar": 1.0, "posterior_mean_x0": 1.0}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import Bundle
+from ..runtime.bundle.reader import Bundle
 from ..runtime.errors import UsageError
-from ..runtime.graphs import QUANTISED
-from ..runtime.plan import SamplingPlan, preset, resolve
+from ..runtime.models.graphs import QUANTISED
+from ..runtime.sampling.plan import SamplingPlan, preset, resolve
 from .collect import BATCH
 from .data import CalibrationImages, calibration_images
 from .ranges import DEFAULT_PERCENTILE, METHODS

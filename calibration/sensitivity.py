@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.architecture import Architecture
-from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
-from ..runtime.console import Reporter
+from ..runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from ..runtime.commands.console import Reporter
 from ..runtime.errors import GtrError, UsageError
-from ..runtime.graphs import IMAGE_TOLERANCES
-from ..runtime.plan import SamplingPlan
+from ..runtime.models.architecture import Architecture
+from ..runtime.models.graphs import IMAGE_TOLERANCES
+from ..runtime.sampling.plan import SamplingPlan
 from .layers import DEFAULT_KEEP, QUANTISED_KINDS, Layer, quantisable, read_graph
 from .probes import Probes, image_errors, outputs
 from .quantize import quantise_graph

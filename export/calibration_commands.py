@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from ..runtime.console import Reporter, print_json, print_table
+from ..runtime.commands.console import Reporter, print_json, print_table
+from ..runtime.commands.option_groups import given, with_options
 from ..runtime.errors import UsageError
-from ..runtime.graphs import QUANTISED
-from ..runtime.option_groups import given, with_options
-from ..runtime.plan import PRESETS
+from ..runtime.models.graphs import QUANTISED
+from ..runtime.sampling.plan import PRESETS
 
 _PATH = click.Path(path_type=Path)
 _METHODS = ("max", "percentile", "entropy", "mse")
@@ -87,8 +87,8 @@ def check_calibration(precision: str, calibration: dict[str, Any]) -> None:
 
 def _request(bundle: Path, out: Path | None, precision: str, calibration: dict[str, Any], force: bool = False) -> Any:
     from ..calibration.request import CalibrationRequest
-    from ..runtime.bundle import Bundle
-    from ..runtime.labels import parse_classes
+    from ..runtime.bundle.reader import Bundle
+    from ..runtime.models.class_names import parse_classes
 
     settings = dict(calibration)
     classes = settings.pop("classes", None)
@@ -110,7 +110,7 @@ def calibrate(
     bundle: Path, precision: str, out: Path | None, force: bool, as_json: bool, calibration: dict[str, Any]
 ) -> None:
     """Make an int8 or fp8 bundle from an fp32 one, calibrated along real sampling runs."""
-    from ..calibration.bundle import quantise_bundle
+    from ..calibration.quantised_bundle import quantise_bundle
 
     start = time.monotonic()
     result = quantise_bundle(_request(bundle, out, precision, calibration, force), Reporter(quiet=as_json))
@@ -169,7 +169,7 @@ def sensitivity(
     """Show what each layer costs when it alone is quantised, worst first."""
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot {plot} does not end in .png")
-    from ..calibration.bundle import bench_of
+    from ..calibration.quantised_bundle import bench_of
     from ..calibration.sensitivity import COST_COLUMNS, cost_rows, layer_costs
 
     reporter = Reporter(quiet=as_json)

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from ..runtime.console import CommandGroup, Reporter, print_json, print_table
-from ..runtime.engines import FLAVOURS
+from ..runtime.bundle.engine_sets import FLAVOURS
+from ..runtime.commands.console import CommandGroup, Reporter, print_json, print_table
 from ..runtime.errors import BundleError, GtrError
-from ..runtime.graphs import PRECISIONS
+from ..runtime.models.graphs import PRECISIONS
 from .calibration_commands import BUILD_OPTIONS, calibrate, calibration_options, check_calibration, sensitivity
-from .engine_options import engine_options
+from .engines.options import engine_options
 
 _PATH = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
@@ -70,13 +70,13 @@ def build(
     Without --checkpoint the weights are looked for in the cache folder and in the original project's folders, then
     downloaded.
     """
-    from ..runtime.benchmark import peak_memory
-    from ..runtime.machine import examine_machine
-    from .build import BuildRequest, CalibrationChoices, default_out
-    from .build import build as run_build
-    from .engine_options import after_engines, choose_for_build, engines_json
-    from .engine_target import NeedsGpuError
-    from .engines import EngineRequest, build_engines, check_request
+    from ..runtime.commands.timing import peak_memory
+    from ..runtime.machine.examine import examine_machine
+    from .build.build import BuildRequest, CalibrationChoices, default_out
+    from .build.build import build as run_build
+    from .engines.builder import EngineRequest, build_engines, check_request
+    from .engines.options import after_engines, choose_for_build, engines_json
+    from .engines.target import NeedsGpuError
 
     reporter, machine = Reporter(quiet=as_json), examine_machine()
     flavour, precision, chosen = choose_for_build(engine, precision, choices, machine)
@@ -148,9 +148,9 @@ def engine(
 
     TensorRT needs the GPU that will run the engines. TensorRT-RTX builds ahead of time for GPUs that are not here.
     """
-    from ..runtime.machine import examine_machine
-    from .engine_options import after_engines, engines_json, last_line
-    from .engines import EngineRequest, build_engines
+    from ..runtime.machine.examine import examine_machine
+    from .engines.builder import EngineRequest, build_engines
+    from .engines.options import after_engines, engines_json, last_line
 
     machine = examine_machine()
     request = EngineRequest(bundle, engine, max_batch=max_batch, force=force, **choices)
@@ -189,7 +189,7 @@ def verify(
     as_json: bool,
 ) -> None:
     """Check a bundle rung by rung: loads, finite, graphs equal to PyTorch, images equal to PyTorch."""
-    from .verify import verify as run_verify
+    from .verify.verify import verify as run_verify
 
     names = [name.strip() for name in plans.split(",")] if plans is not None else None
     report = run_verify(bundle, Reporter(quiet=as_json), checkpoint, vae, names, images, backend)
@@ -219,8 +219,8 @@ def verify(
 @_json_option
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what a bundle holds, from its manifest alone."""
-    from ..runtime.bundle import Bundle
-    from .engine_options import engine_rows
+    from ..runtime.bundle.reader import Bundle
+    from .engines.options import engine_rows
 
     opened = Bundle.load(bundle)
     if as_json:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..runtime.doctor import Finding
+from ..runtime.commands.doctor import Finding
 from ..runtime.files import cache_dir
 from .zoo import MODELS, ModelEntry, WeightSource
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
+from ..runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
 
 MEBIBYTE = 2**20
 

@@ -6,10 +6,10 @@ pipeline = Pipeline.load("bundles/mar-digits-fp32")
 pipeline.generate([3, 7], seeds=[0, 1], plan="gtr").images
 """
 
-from .bundle import Bundle
+from .bundle.reader import Bundle
 from .errors import BackendError, BundleError, GtrError, PlanError, UsageError
 from .pipeline import Generation, Pipeline
-from .plan import PRESETS, PlanSettings, SamplingPlan
+from .sampling.plan import PRESETS, PlanSettings, SamplingPlan
 
 __all__ = [
     "PRESETS",

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
-from .backend_options import backend_options, load_pipeline
-from .bench import bench
-from .console import CommandGroup, Reporter, print_json, print_table
-from .doctor import doctor
+from .commands.backend_options import backend_options, load_pipeline
+from .commands.bench import bench
+from .commands.console import CommandGroup, Reporter, print_json, print_table
+from .commands.doctor import doctor
+from .commands.evaluate import evaluate
+from .commands.plan_options import chosen_plan, plan_options
 from .errors import UsageError
-from .evaluate import evaluate
-from .plan import preset, resolve
-from .plan_options import chosen_plan, plan_options
+from .models.architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
+from .sampling.plan import preset, resolve
 
 if TYPE_CHECKING:
-    from .backends import BackendOptions
-    from .sampler import StepResult
+    from .backends.registry import BackendOptions
+    from .sampling.loop import StepResult
 
 _BUNDLE = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
@@ -71,10 +71,10 @@ def generate(
             raise UsageError(f"{option} {path} does not end in {suffix}")
     import numpy as np
 
-    from .bundle import Bundle
+    from .bundle.reader import Bundle
     from .files import atomic_path
-    from .images import TraceRecorder, contact_sheet, save_png
-    from .labels import class_name, parse_classes
+    from .models.class_names import class_name, parse_classes
+    from .pictures.trace import TraceRecorder, contact_sheet, save_png
 
     opened = Bundle.load(bundle)
     architecture = opened.architecture
@@ -234,7 +234,7 @@ def _flops(value: int) -> str:
 
 def _model_of(bundle: str) -> tuple[Architecture, Mapping[str, Any]]:
     """A bundle's model and plan defaults, read from its manifest alone; or those of a model name."""
-    from .bundle import Bundle
+    from .bundle.reader import Bundle
 
     if not Path(bundle).exists() and bundle in ARCHITECTURES:
         return ARCHITECTURES[bundle], PLAN_DEFAULTS[bundle]

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .architecture import Architecture
-from .backends import BackendOptions, open_backend, resolve_backend
-from .backends.base import Backend, DeviceBackend, Floats, Integers
-from .bundle import Bundle
+from .backends.protocol import Backend, DeviceBackend, Floats, Integers
+from .backends.registry import BackendOptions, open_backend, resolve_backend
+from .bundle.reader import Bundle
 from .errors import UsageError
-from .noise import NoiseSource, SeededNoise, checked_seed
-from .plan import PlanSettings, SamplingPlan, preset, resolve
-from .sampler import Observer, sample
+from .models.architecture import Architecture
+from .sampling.loop import Observer, sample
+from .sampling.noise import NoiseSource, SeededNoise, checked_seed
+from .sampling.plan import PlanSettings, SamplingPlan, preset, resolve
 
 
 @dataclass(frozen=True)

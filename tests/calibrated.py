@@ -8,8 +8,8 @@ from pathlib import Path
 from gtr_deploy.calibration.collect import Collected
 from gtr_deploy.calibration.probes import Probes
 from gtr_deploy.calibration.ranges import Range, layer_ranges
-from gtr_deploy.runtime.architecture import Architecture
-from gtr_deploy.runtime.plan import SamplingPlan
+from gtr_deploy.runtime.models.architecture import Architecture
+from gtr_deploy.runtime.sampling.plan import SamplingPlan
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from fakes.bundles import VERSIONS
 from fakes.machine import FakeMachine
 from fakes.tensorrt import make_module
 
-from gtr_deploy.export.build import BuildRequest, build
-from gtr_deploy.runtime.bundle import Bundle
-from gtr_deploy.runtime.console import Reporter
+from gtr_deploy.export.build.build.build import BuildRequest, build
+from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.pipeline import Pipeline
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

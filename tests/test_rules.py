@@ -41,8 +41,8 @@ def test_dependencies_point_one_way(part: str) -> None:
 
 
 def test_direction_is_really_seen() -> None:
-    assert "runtime" in _imports(ROOT / "export" / "build.py", "export")
-    assert "runtime" in _imports(ROOT / "export" / "models" / "backbone.py", "export")
+    assert "runtime" in _imports(ROOT / "export" / "build" / "build.py", "export")
+    assert "runtime" in _imports(ROOT / "export" / "graphs" / "backbone.py", "export")
 
 
 def test_runtime_source_never_names_torch_or_onnx() -> None:
@@ -72,7 +72,7 @@ assert not loaded, loaded
     assert (tmp_path / "grid.png").is_file()
 
 
-@pytest.mark.parametrize("module", ["gtr_deploy.runtime.cli", "gtr_deploy.export.cli", "gtr_deploy.export.build"])
+@pytest.mark.parametrize("module", ["gtr_deploy.runtime.cli", "gtr_deploy.export.cli", "gtr_deploy.export.build.build"])
 def test_commands_start_without_heavy_imports(module: str) -> None:
     program = f"import sys, {module}; print(sorted({{'torch', 'onnx', 'onnxruntime'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

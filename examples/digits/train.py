@@ -23,11 +23,11 @@ from data import jitter, load, to_tokens
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gtr_deploy.export.models.backbone import Backbone
-from gtr_deploy.export.models.diffusion_head import DiffusionHead
-from gtr_deploy.export.models.layers import Linear
-from gtr_deploy.runtime.architecture import ARCHITECTURES, Architecture
-from gtr_deploy.runtime.diffusion import TRAINING_STEPS, cosine_betas
+from gtr_deploy.export.graphs.backbone import Backbone
+from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
+from gtr_deploy.export.graphs.layers import Linear
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.runtime.sampling.diffusion import TRAINING_STEPS, cosine_betas
 
 HEAD_TOKENS = 6144
 """Masked tokens, drawn with repetition, that the diffusion loss sees in one step; each gets its own timestep."""

@@ -13,8 +13,8 @@ from profile_parts import HOST, PARTS, Clock, thinned
 from roofline import Rates, combined
 
 from gtr_deploy.runtime import UsageError
-from gtr_deploy.runtime.architecture import ARCHITECTURES
-from gtr_deploy.runtime.plan import preset, resolve
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES
+from gtr_deploy.runtime.sampling.plan import preset, resolve
 
 
 def test_parts_and_steps_add_up(run_cli: Any, digits_bundle: Path, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from PIL import Image
 from remembering import RememberingBackend
 
-from gtr_deploy.runtime.architecture import ARCHITECTURES, PLAN_DEFAULTS
+from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.errors import UsageError
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS
 from gtr_deploy.runtime.pipeline import Pipeline
-from gtr_deploy.runtime.plan_options import chosen_plan
 
 SMALL: dict[str, Any] = {
     "stage_steps": (2, 1, 1),

@@ -10,9 +10,9 @@ from calibrated import Calibrated
 from gtr_deploy.calibration.collect import collect
 from gtr_deploy.calibration.data import calibration_images
 from gtr_deploy.calibration.probes import record
-from gtr_deploy.runtime.bundle import Bundle
-from gtr_deploy.runtime.console import Reporter
-from gtr_deploy.runtime.plan import preset, resolve
+from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.commands.console import Reporter
+from gtr_deploy.runtime.sampling.plan import preset, resolve
 
 
 @pytest.fixture(scope="session")

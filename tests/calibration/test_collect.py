@@ -17,9 +17,9 @@ from calibrated import Calibrated
 from gtr_deploy.calibration.collect import CollectingBackend, collect
 from gtr_deploy.calibration.data import calibration_images
 from gtr_deploy.calibration.quantize import quantise_graph
-from gtr_deploy.runtime.architecture import ARCHITECTURES
-from gtr_deploy.runtime.console import Reporter
+from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BackendError, UsageError
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 
 ARCHITECTURE = ARCHITECTURES["mar-digits"]
 QUIET = Reporter(quiet=True)
@@ -54,8 +54,8 @@ from pathlib import Path
 from gtr_deploy.calibration.collect import collect
 from gtr_deploy.calibration.data import calibration_images
 from gtr_deploy.runtime import Bundle
-from gtr_deploy.runtime.console import Reporter
-from gtr_deploy.runtime.plan import preset, resolve
+from gtr_deploy.runtime.commands.console import Reporter
+from gtr_deploy.runtime.sampling.plan import preset, resolve
 bundle = Bundle.load(Path({str(calibrated.graphs["backbone"].parents[1])!r}))
 plan = resolve(preset("gtr-fast", bundle.architecture, bundle.plan_defaults), bundle.architecture)
 images = calibration_images(bundle.architecture, 1000)

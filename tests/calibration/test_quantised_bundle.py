@@ -12,17 +12,17 @@ import numpy as np
 import onnx
 import pytest
 
-from gtr_deploy.calibration import bundle as calibration_bundle
-from gtr_deploy.calibration.bundle import quantise_bundle
+from gtr_deploy.calibration import quantised_bundle as calibration_bundle
+from gtr_deploy.calibration.quantised_bundle import quantise_bundle
 from gtr_deploy.calibration.request import CalibrationRequest
-from gtr_deploy.export.build import BuildRequest, CalibrationChoices, build
-from gtr_deploy.export.limits import graph_limit
-from gtr_deploy.export.verify import verify
-from gtr_deploy.runtime.backends import BackendOptions, open_backend, resolve_backend
-from gtr_deploy.runtime.bundle import MANIFEST, Bundle, stored_graph
-from gtr_deploy.runtime.console import Reporter
+from gtr_deploy.export.build.build.build import BuildRequest, CalibrationChoices, build
+from gtr_deploy.export.verify.verify.limits import graph_limit
+from gtr_deploy.export.verify.verify.verify import verify
+from gtr_deploy.runtime.backends.registry import BackendOptions, open_backend, resolve_backend
+from gtr_deploy.runtime.bundle.reader.reader import MANIFEST, Bundle, stored_graph
+from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, UsageError
-from gtr_deploy.runtime.graphs import graph_specs
+from gtr_deploy.runtime.models.graphs import graph_specs
 from gtr_deploy.runtime.pipeline import Pipeline
 
 QUIET = Reporter(quiet=True)

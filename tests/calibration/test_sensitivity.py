@@ -12,7 +12,7 @@ from gtr_deploy.calibration.layers import DEFAULT_KEEP
 from gtr_deploy.calibration.plot import plot_bars
 from gtr_deploy.calibration.probes import relative_error
 from gtr_deploy.calibration.sensitivity import COST_COLUMNS, Bench, LayerCost, choose_kept, cost_rows, layer_costs
-from gtr_deploy.runtime.console import Reporter
+from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import GtrError, UsageError
 
 QUIET = Reporter(quiet=True)

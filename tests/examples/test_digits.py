@@ -11,11 +11,11 @@ import train as train_script
 from click.testing import CliRunner
 from data import GRID, jitter, load, to_tokens
 
-from gtr_deploy.export.checkpoints import load_mar
-from gtr_deploy.export.models.decoders import PatchDecoder
-from gtr_deploy.export.models.diffusion_head import DiffusionHead
+from gtr_deploy.export.build.build.checkpoints import load_mar
+from gtr_deploy.export.graphs.decoders import PatchDecoder
+from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
 from gtr_deploy.export.zoo import MODELS
-from gtr_deploy.runtime.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
 from gtr_deploy.runtime.pipeline import Pipeline
 
 DIGITS = ARCHITECTURES["mar-digits"]

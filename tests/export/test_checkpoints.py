@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gtr_deploy.export.checkpoints import (
+from gtr_deploy.export.build.build.checkpoints import (
     compare,
     expected_mar,
     expected_vae_decoder,
@@ -28,9 +28,9 @@ from gtr_deploy.export.checkpoints import (
     random_mar,
     random_vae_decoder,
 )
-from gtr_deploy.export.models.decoders import LATENT_SCALE, Kl16Decoder
-from gtr_deploy.runtime.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.export.graphs.decoders import LATENT_SCALE, Kl16Decoder
 from gtr_deploy.runtime.errors import GtrError
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
 
 DATA = Path(__file__).parents[1] / "data"
 OFFICIAL = DATA / "mar_tiny_checkpoint-last.pth"

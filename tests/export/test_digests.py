@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.export import digests
-from gtr_deploy.export.digests import file_sha256
+from gtr_deploy.export.build.build import digests
+from gtr_deploy.export.build.build.digests import file_sha256
 from gtr_deploy.runtime import files
 from gtr_deploy.runtime.errors import GtrError
 

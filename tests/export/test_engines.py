@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.export.build import BuildRequest, build
-from gtr_deploy.export.engine_graph import BuildSettings, BuiltGraph, build_graph
-from gtr_deploy.export.engine_target import Target, choose_target
-from gtr_deploy.export.verify import graph_inputs
-from gtr_deploy.runtime.bundle import Bundle
-from gtr_deploy.runtime.console import Phases, Reporter
+from gtr_deploy.export.build.build.build import BuildRequest, build
+from gtr_deploy.export.engines.builder.graph import BuildSettings, BuiltGraph, build_graph
+from gtr_deploy.export.engines.builder.target import Target, choose_target
+from gtr_deploy.export.verify.verify.verify import graph_inputs
+from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.commands.console import Phases, Reporter
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.graphs import GraphSpec, graph_specs
-from gtr_deploy.runtime.machine import Machine
-from gtr_deploy.runtime.shapes import Profile
+from gtr_deploy.runtime.machine.examine.examine import Machine
+from gtr_deploy.runtime.models.graphs import GraphSpec, graph_specs
+from gtr_deploy.runtime.sampling.shapes import Profile
 
 pytest.importorskip("tensorrt_rtx", reason="the real builder is TensorRT-RTX; pip install 'gtr-deploy[tensorrt-rtx]'")
 
@@ -236,7 +236,7 @@ def test_phases_nest_on_a_terminal_and_are_few_lines_elsewhere(
 
 
 def test_tf32_is_off_in_fp32_alone(digits_bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gtr_deploy.export import engine_graph
+    from gtr_deploy.export.engines.builder import graph as engine_graph
 
     flags: list[bool] = []
 
@@ -265,13 +265,13 @@ from pathlib import Path
 import tensorrt_rtx
 warnings.simplefilter("ignore")
 sys.modules["tensorrt"] = tensorrt_rtx
-from gtr_deploy.export.engine_graph import BuildSettings, build_graph
-from gtr_deploy.export.engine_target import choose_target
-from gtr_deploy.runtime.bundle import Bundle
-from gtr_deploy.runtime.console import Reporter
+from gtr_deploy.export.engines.builder.graph import BuildSettings, build_graph
+from gtr_deploy.export.engines.builder.target import choose_target
+from gtr_deploy.runtime.bundle.reader import Bundle
+from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.graphs import graph_specs
-from gtr_deploy.runtime.machine import Gpu, Machine
+from gtr_deploy.runtime.models.graphs import graph_specs
+from gtr_deploy.runtime.machine.examine import Gpu, Machine
 
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 machine = Machine("linux-x86_64", Gpu("Test GPU (8 GB)", "8.9", 1 << 33, "13.0"), "", {"tensorrt": "x"}, ())
@@ -336,6 +336,9 @@ def test_without_polygraphy(
 
 
 def test_neither_torch_nor_onnx_is_imported() -> None:
-    program = "import sys, gtr_deploy.export.engines; print(sorted({'torch', 'onnx', 'polygraphy'} & set(sys.modules)))"
+    program = (
+        "import sys, gtr_deploy.export.engines.builder; "
+        "print(sorted({'torch', 'onnx', 'polygraphy'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

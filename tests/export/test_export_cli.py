@@ -12,9 +12,10 @@ import pytest
 from click.testing import Result
 from commands import one_line_error
 
-from gtr_deploy.export import doctor, sources
+from gtr_deploy.export import doctor
+from gtr_deploy.export.build.build import sources
 from gtr_deploy.export.zoo import MODELS, WeightSource
-from gtr_deploy.runtime.bundle import Bundle
+from gtr_deploy.runtime.bundle.reader.reader import Bundle
 
 Cli = Callable[..., Result]
 DATA = Path(__file__).parents[1] / "data"
@@ -163,9 +164,9 @@ def test_doctor_finds_packages_by_their_installed_name() -> None:
 def test_export_without_torch_is_one_line(export_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    for name in [name for name in sys.modules if name.startswith(("gtr_deploy.export.onnx_export", "onnx_ir"))]:
+    for name in [name for name in sys.modules if name.startswith(("gtr_deploy.export.graphs.onnx_export", "onnx_ir"))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "gtr_deploy.export.onnx_export", None)
+    monkeypatch.setitem(sys.modules, "gtr_deploy.export.graphs.onnx_export", None)
     result = export_cli("build", "--model", "mar-digits", "--out", tmp_path / "b")
     one_line_error(result, 1, "pip install 'gtr-deploy[export]'")
 

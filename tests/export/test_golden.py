@@ -13,15 +13,15 @@ import torch
 from golden import CASES, WEIGHT_SETS, GoldenCase, load_case, load_weights, relative_error, torch_backend
 from numpy.typing import NDArray
 
-from gtr_deploy.export.onnx_export import export_graph
-from gtr_deploy.export.reference import build_graph_module
-from gtr_deploy.runtime.backends.base import Backend, Condition, DiffusionChain, Floats, Integers
-from gtr_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from gtr_deploy.export.graphs.onnx_export import export_graph
+from gtr_deploy.export.reference.networks.networks import build_graph_module
+from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.backends.protocol import Backend, Condition, DiffusionChain, Floats, Integers
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.graphs import NETWORKS, ROW_GRAPHS, graph_specs
-from gtr_deploy.runtime.noise import SeededNoise
-from gtr_deploy.runtime.plan import PlanSettings, resolve
-from gtr_deploy.runtime.sampler import sample
+from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS, graph_specs
+from gtr_deploy.runtime.sampling.loop import sample
+from gtr_deploy.runtime.sampling.noise import SeededNoise
+from gtr_deploy.runtime.sampling.plan import PlanSettings, resolve
 
 TOLERANCE = 1e-4
 

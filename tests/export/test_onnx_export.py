@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gtr_deploy.export import onnx_export
-from gtr_deploy.export.checkpoints import random_mar, random_vae_decoder
-from gtr_deploy.export.onnx_export import check_graph, export_graph
-from gtr_deploy.export.reference import build_graph_module
-from gtr_deploy.export.verify import graph_inputs, relative_error
-from gtr_deploy.runtime.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.export.build.build.checkpoints import random_mar, random_vae_decoder
+from gtr_deploy.export.graphs import onnx_export
+from gtr_deploy.export.graphs.onnx_export import check_graph, export_graph
+from gtr_deploy.export.reference.networks.networks import build_graph_module
+from gtr_deploy.export.verify.verify.verify import graph_inputs, relative_error
 from gtr_deploy.runtime.errors import GtrError
-from gtr_deploy.runtime.graphs import GraphSpec, graph_specs
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.runtime.models.graphs import GraphSpec, graph_specs
 
 DIGITS = ARCHITECTURES["mar-digits"]
 #: Not square, odd, with the VAE: nothing may depend on mar-digits' sizes.

@@ -11,15 +11,15 @@ import pytest
 import torch
 from golden import load_case, relative_error, torch_backend
 
-from gtr_deploy.export import torch_backend as module
-from gtr_deploy.export.torch_backend import TorchBackend, open_backend
-from gtr_deploy.runtime.backends.base import Backend, Floats
-from gtr_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from gtr_deploy.runtime.bundle import Bundle
+from gtr_deploy.export.reference.networks import torch_backend as module
+from gtr_deploy.export.reference.networks.torch_backend import TorchBackend, open_backend
+from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.backends.protocol import Backend, Floats
+from gtr_deploy.runtime.bundle.reader.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError, GtrError
-from gtr_deploy.runtime.graphs import IMAGE_TOLERANCES
+from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES
 from gtr_deploy.runtime.pipeline import Pipeline
-from gtr_deploy.runtime.sampler import sample
+from gtr_deploy.runtime.sampling.loop import sample
 
 no_cuda_here = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has CUDA here")
 

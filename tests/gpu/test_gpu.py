@@ -13,15 +13,15 @@ import pytest
 import torch
 from golden import CASES, WEIGHT_SETS, load_case, load_weights, relative_error
 
-from gtr_deploy.export.reference import build_networks
-from gtr_deploy.export.torch_backend import TorchBackend, open_backend
-from gtr_deploy.runtime.backends.base import Backend, Floats
-from gtr_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from gtr_deploy.runtime.bundle import Bundle
-from gtr_deploy.runtime.graphs import IMAGE_TOLERANCES
-from gtr_deploy.runtime.machine import Machine, examine_machine
+from gtr_deploy.export.reference.networks.networks import build_networks
+from gtr_deploy.export.reference.networks.torch_backend import TorchBackend, open_backend
+from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.backends.protocol import Backend, Floats
+from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.machine.examine.examine import Machine, examine_machine
+from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES
 from gtr_deploy.runtime.pipeline import Generation, Pipeline
-from gtr_deploy.runtime.sampler import sample
+from gtr_deploy.runtime.sampling.loop import sample
 
 pytestmark = pytest.mark.gpu
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from gtr_deploy.export.models.backbone import Backbone
-from gtr_deploy.export.models.diffusion_head import DiffusionHead
-from gtr_deploy.runtime.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.export.graphs.backbone import Backbone
+from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
 from gtr_deploy.runtime.errors import BundleError
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
 
 
 def valid() -> dict[str, Any]:

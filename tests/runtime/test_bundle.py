@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.runtime.architecture import ARCHITECTURES
-from gtr_deploy.runtime.bundle import Bundle, StoredFile
+from gtr_deploy.runtime.bundle.reader.reader import Bundle, StoredFile
 from gtr_deploy.runtime.errors import BundleError
-from gtr_deploy.runtime.graphs import NETWORKS, ROW_GRAPHS
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES
+from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS
 
 
 def _edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from gtr_deploy.runtime.console import CommandGroup, Reporter, print_table
+from gtr_deploy.runtime.commands.console import CommandGroup, Reporter, print_table
 from gtr_deploy.runtime.errors import BundleError, PlanError
 
 

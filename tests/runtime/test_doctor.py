@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from gtr_deploy.runtime import doctor as doctor_module
-from gtr_deploy.runtime import machine as machine_module
-from gtr_deploy.runtime.bundle import Bundle, StoredFile
-from gtr_deploy.runtime.console import CommandGroup
-from gtr_deploy.runtime.cuda import Device
-from gtr_deploy.runtime.doctor import can_run, diagnose, doctor
-from gtr_deploy.runtime.engines import EngineGraph, EngineSet
+from gtr_deploy.runtime.bundle.reader.engine_sets import EngineGraph, EngineSet
+from gtr_deploy.runtime.bundle.reader.reader import Bundle, StoredFile
+from gtr_deploy.runtime.commands import doctor as doctor_module
+from gtr_deploy.runtime.commands.console import CommandGroup
+from gtr_deploy.runtime.commands.doctor import can_run, diagnose, doctor
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.machine import Gpu, Machine, examine_machine, library_version
+from gtr_deploy.runtime.machine.examine import examine as machine_module
+from gtr_deploy.runtime.machine.examine.cuda import Device
+from gtr_deploy.runtime.machine.examine.examine import Gpu, Machine, examine_machine, library_version
 
 ADA = Gpu("NVIDIA L4", "8.9", 24 * 2**30, "13.0")
 VERSIONS = {
@@ -75,7 +75,7 @@ def _statuses(machine: Machine, bundle: Bundle | None = None) -> Mapping[str, tu
 @pytest.fixture(autouse=True)
 def _torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry point as pyproject.toml has it, whenever the package was installed."""
-    point = EntryPoint("torch", "gtr_deploy.export.torch_backend:open_backend", doctor_module.ENTRY_POINTS)
+    point = EntryPoint("torch", "gtr_deploy.export.reference.torch_backend:open_backend", doctor_module.ENTRY_POINTS)
     monkeypatch.setattr(doctor_module, "entry_points", lambda group: [point])
 
 
@@ -157,7 +157,7 @@ class TestMachine:
         program.write_text(f"#!/bin/sh\necho '{printed}'\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.setattr("gtr_deploy.runtime.cuda.list_devices", _no_devices)
+        monkeypatch.setattr("gtr_deploy.runtime.machine.cuda.list_devices", _no_devices)
         assert machine_module._find_gpu(has_cuda_bindings=False) == (
             gpu,
             "" if gpu else "nvidia-smi finds no GPU; no NVIDIA driver",
@@ -168,9 +168,9 @@ class TestMachine:
 
     def test_first_gpu_of_the_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         device = Device(0, ADA.name, ADA.compute_capability, ADA.memory, ADA.driver, "13.0")
-        monkeypatch.setattr("gtr_deploy.runtime.cuda.list_devices", lambda: [device])
+        monkeypatch.setattr("gtr_deploy.runtime.machine.cuda.list_devices", lambda: [device])
         assert machine_module._find_gpu(has_cuda_bindings=True) == (ADA, "")
-        monkeypatch.setattr("gtr_deploy.runtime.cuda.list_devices", list)
+        monkeypatch.setattr("gtr_deploy.runtime.machine.cuda.list_devices", list)
         assert machine_module._find_gpu(has_cuda_bindings=True) == (None, "the driver shows no GPU")
 
 
@@ -365,7 +365,7 @@ class Refuse:
         if name.split(".")[0] in {refused!r}:
             raise ImportError(name + " must not be imported here")
 sys.meta_path.insert(0, Refuse())
-from gtr_deploy.runtime.doctor import doctor
+from gtr_deploy.runtime.commands.doctor import doctor
 doctor([{str(digits_bundle)!r}, "--json"])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

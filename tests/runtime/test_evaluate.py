@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from gtr_deploy.runtime import evaluate as module
-from gtr_deploy.runtime import quality_inception
-from gtr_deploy.runtime.architecture import ARCHITECTURES
-from gtr_deploy.runtime.backends import BackendOptions
+from gtr_deploy.runtime.backends.registry import BackendOptions
+from gtr_deploy.runtime.commands import evaluate as module
 from gtr_deploy.runtime.errors import GtrError, UsageError
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.pipeline import Pipeline
-from gtr_deploy.runtime.plan import PlanSettings
-from gtr_deploy.runtime.quality_digits import METRICS, DigitsMeasure, digit_figures, real_digits
+from gtr_deploy.runtime.quality.estimates import inception as quality_inception
+from gtr_deploy.runtime.quality.estimates.digits import METRICS, DigitsMeasure, digit_figures, real_digits
+from gtr_deploy.runtime.sampling.plan import PlanSettings
 
 Cli = Callable[..., Result]
 FEW = ["--stage-steps", "2,1,1", "--generation-diffusion", 8, "--reconstruction-diffusion", 5, "--fts-diffusion", 8]

@@ -16,12 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gtr_deploy.runtime.errors import GtrError, UsageError
-from gtr_deploy.runtime.images import (
-    SETTINGS_KEY,
-    contact_sheet,
-    read_settings,
-    save_png,
-)
+from gtr_deploy.runtime.pictures.trace import SETTINGS_KEY, contact_sheet, read_settings, save_png
 
 IMAGE = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gtr_deploy.runtime.errors import UsageError
-from gtr_deploy.runtime.noise import (
+from gtr_deploy.runtime.sampling.noise import (
     RecordedNoise,
     SeededNoise,
     _normals,

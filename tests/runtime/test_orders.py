@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtr_deploy.runtime.errors import PlanError
-from gtr_deploy.runtime.orders import ORDERS, generation_orders, halton_order, stage_sets
+from gtr_deploy.runtime.sampling.orders import ORDERS, generation_orders, halton_order, stage_sets
 
 GRIDS = st.tuples(st.integers(1, 20), st.integers(1, 20))
 SEEDS = st.integers(0, 2**64 - 1)

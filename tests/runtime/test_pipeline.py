@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gtr_deploy.runtime import BackendError, Pipeline, PlanError, PlanSettings, UsageError
-from gtr_deploy.runtime.architecture import ARCHITECTURES
-from gtr_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from gtr_deploy.runtime.noise import RecordedNoise, SeededNoise
-from gtr_deploy.runtime.orders import generation_orders
+from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES
+from gtr_deploy.runtime.sampling.noise import RecordedNoise, SeededNoise
+from gtr_deploy.runtime.sampling.orders import generation_orders
 
 DIGITS = ARCHITECTURES["mar-digits"]
 

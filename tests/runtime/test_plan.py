@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from gtr_deploy.export.models.backbone import Backbone
-from gtr_deploy.export.models.diffusion_head import DiffusionHead
-from gtr_deploy.runtime.architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
+from gtr_deploy.export.graphs.backbone import Backbone
+from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
 from gtr_deploy.runtime.errors import PlanError
-from gtr_deploy.runtime.flops import backbone_flops, head_flops
-from gtr_deploy.runtime.plan import PRESETS, PlanSettings, SamplingPlan, preset, resolve
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
+from gtr_deploy.runtime.models.flops import backbone_flops, head_flops
+from gtr_deploy.runtime.sampling.plan import PRESETS, PlanSettings, SamplingPlan, preset, resolve
 
 MAR_B, MAR_H = ARCHITECTURES["mar-b"], ARCHITECTURES["mar-h"]
 GTR = PRESETS["gtr"]

@@ -9,11 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gtr_deploy.runtime import plugins, quality_inception
 from gtr_deploy.runtime.errors import GtrError, UsageError
-from gtr_deploy.runtime.frechet import feature_statistics, frechet_distance
-from gtr_deploy.runtime.quality import inception_score
-from gtr_deploy.runtime.quality_inception import InceptionMeasure, InceptionTally, open_inception, read_reference
+from gtr_deploy.runtime.machine.examine import plugins
+from gtr_deploy.runtime.quality.estimates import inception as quality_inception
+from gtr_deploy.runtime.quality.estimates.estimates import inception_score
+from gtr_deploy.runtime.quality.estimates.frechet import feature_statistics, frechet_distance
+from gtr_deploy.runtime.quality.estimates.inception import (
+    InceptionMeasure,
+    InceptionTally,
+    open_inception,
+    read_reference,
+)
 
 
 @pytest.fixture

@@ -14,15 +14,15 @@ import pytest
 from click.testing import Result
 from PIL import Image
 
-from gtr_deploy.runtime.bench import _verdicts
-from gtr_deploy.runtime.benchmark import PARTS, Measurement
-from gtr_deploy.runtime.bundle import Bundle
-from gtr_deploy.runtime.doctor import can_run, diagnose
+from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.commands.bench import _verdicts
+from gtr_deploy.runtime.commands.doctor import can_run, diagnose
+from gtr_deploy.runtime.commands.timing import PARTS, Measurement
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.images import read_settings
-from gtr_deploy.runtime.machine import examine_machine
+from gtr_deploy.runtime.machine.examine.examine import examine_machine
+from gtr_deploy.runtime.pictures.trace import read_settings
 from gtr_deploy.runtime.pipeline import Pipeline
-from gtr_deploy.runtime.plan import PlanSettings
+from gtr_deploy.runtime.sampling.plan import PlanSettings
 
 Cli = Callable[..., Result]
 
@@ -233,7 +233,7 @@ class TestBench:
             seen.append(weakref.ref(pipeline.backend))
             return Measurement("gtr", 1, (1.0,), dict.fromkeys(PARTS, 0.25), 0, 0)
 
-        monkeypatch.setattr("gtr_deploy.runtime.benchmark.measure", measured)
+        monkeypatch.setattr("gtr_deploy.runtime.commands.timing.measure", measured)
         assert run_cli("bench", digits_bundle, "--all-backends", "--json").exit_code == 0
         assert alive == [0] * len(seen)
         assert len(seen) > 1
@@ -244,13 +244,13 @@ class TestBench:
         def broken(*_: Any, **__: Any) -> None:
             raise BackendError("no such instruction")
 
-        monkeypatch.setattr("gtr_deploy.runtime.backends.openvino.OpenVinoBackend.__init__", broken)
+        monkeypatch.setattr("gtr_deploy.runtime.backends.openvino.backend.OpenVinoBackend.__init__", broken)
         options = ["--stage-steps", "2,1,1", "--repeat", 1, "--threads", 1, "--all-backends", "--json"]
         result = run_cli("bench", digits_bundle, *options)
         report = json.loads(result.stdout)
         assert report["failed"] == {"openvino": "no such instruction"}
         assert "openvino" not in {m["backend"] for m in report["measurements"]}
-        monkeypatch.setattr("gtr_deploy.runtime.backends.onnxruntime.OnnxRuntimeBackend.__init__", broken)
+        monkeypatch.setattr("gtr_deploy.runtime.backends.onnxruntime.backend.OnnxRuntimeBackend.__init__", broken)
         _one_line_error(run_cli("bench", digits_bundle, *options), 1, "gtr-run doctor")
 
     def test_verdicts(self) -> None:

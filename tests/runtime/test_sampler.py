@@ -10,14 +10,14 @@ import pytest
 from golden import load_case, relative_error, torch_backend
 from numpy.typing import NDArray
 
-from gtr_deploy.export.torch_backend import TorchBackend
-from gtr_deploy.runtime.architecture import Architecture
-from gtr_deploy.runtime.backends.base import Condition, DiffusionChain, Floats, Integers
-from gtr_deploy.runtime.diffusion import kept_timesteps, reverse_process
+from gtr_deploy.export.reference.networks.torch_backend import TorchBackend
+from gtr_deploy.runtime.backends.protocol import Condition, DiffusionChain, Floats, Integers
 from gtr_deploy.runtime.errors import BackendError, UsageError
-from gtr_deploy.runtime.noise import SeededNoise
-from gtr_deploy.runtime.plan import ARStep, PlanSettings, resolve
-from gtr_deploy.runtime.sampler import StepResult, diffusion_chain, sample
+from gtr_deploy.runtime.models.architecture import Architecture
+from gtr_deploy.runtime.sampling.diffusion import kept_timesteps, reverse_process
+from gtr_deploy.runtime.sampling.loop import StepResult, diffusion_chain, sample
+from gtr_deploy.runtime.sampling.noise import SeededNoise
+from gtr_deploy.runtime.sampling.plan import ARStep, PlanSettings, resolve
 
 SMALL = PlanSettings(
     "small",

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gtr_deploy.export.models.detail_score import DetailScore
-from gtr_deploy.runtime.architecture import ARCHITECTURES
+from gtr_deploy.export.graphs.detail_score import DetailScore
 from gtr_deploy.runtime.errors import PlanError
-from gtr_deploy.runtime.selection import FTS_RULES, detail_basis, refined_count, select
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES
+from gtr_deploy.runtime.sampling.selection import FTS_RULES, detail_basis, refined_count, select
 
 POSITIONS = np.array([[9, 4, 7, 1, 12]])
 SCORE = np.array([[3.0, 5.0, 1.0, 4.0, 2.0]], dtype=np.float32)

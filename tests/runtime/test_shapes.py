@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtr_deploy.runtime.architecture import ARCHITECTURES, PLAN_DEFAULTS
-from gtr_deploy.runtime.backends.device_layout import ALIGNMENT, device_layout, ordered_to_grid
-from gtr_deploy.runtime.noise import SeededNoise
-from gtr_deploy.runtime.orders import generation_orders
-from gtr_deploy.runtime.plan import PRESETS, SamplingPlan, preset, resolve
-from gtr_deploy.runtime.shapes import call_shapes, chain_shape, covering, described, profiles
+from gtr_deploy.runtime.backends.tensorrt.backend.device_layout import ALIGNMENT, device_layout, ordered_to_grid
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS
+from gtr_deploy.runtime.sampling.noise import SeededNoise
+from gtr_deploy.runtime.sampling.orders import generation_orders
+from gtr_deploy.runtime.sampling.plan import PRESETS, SamplingPlan, preset, resolve
+from gtr_deploy.runtime.sampling.shapes import call_shapes, chain_shape, covering, described, profiles
 
 MODELS = ("mar-h", "mar-digits")
 

@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gtr_deploy.runtime import images as module
-from gtr_deploy.runtime.architecture import ARCHITECTURES
 from gtr_deploy.runtime.errors import GtrError
-from gtr_deploy.runtime.images import (
-    REFINED_COLOUR,
-    STAGE_COLOURS,
-    UNKNOWN_GREYS,
-    TraceRecorder,
-)
-from gtr_deploy.runtime.orders import generation_orders
-from gtr_deploy.runtime.plan import SamplingPlan, preset, resolve
-from gtr_deploy.runtime.sampler import StepResult
+from gtr_deploy.runtime.models.architecture import ARCHITECTURES
+from gtr_deploy.runtime.pictures import trace as module
+from gtr_deploy.runtime.pictures.trace import REFINED_COLOUR, STAGE_COLOURS, UNKNOWN_GREYS, TraceRecorder
+from gtr_deploy.runtime.sampling.loop import StepResult
+from gtr_deploy.runtime.sampling.orders import generation_orders
+from gtr_deploy.runtime.sampling.plan import SamplingPlan, preset, resolve
 
 DIGITS = ARCHITECTURES["mar-digits"]
 #: A colour that nothing else on a sheet or a trace has: the tokens of test images are this or darker, never grey.

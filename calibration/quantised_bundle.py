@@ -1,0 +1,298 @@
+"""Makes an int8 or fp8 bundle from an fp32 one: collect, find ranges, decide what to keep, write, report.
+
+Needs neither the checkpoint nor PyTorch. Writes into ``<out>.partial`` and swaps it in when it is complete; an
+interrupted run goes on with its last finished batch, and one with nothing to do ends at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..runtime.bundle.reader import MANIFEST, Bundle, graph_bytes, stored_graph
+from ..runtime.bundle.staged import lock, partial_folder, settle, swap
+from ..runtime.commands.console import Reporter
+from ..runtime.errors import BundleError, GtrError, UsageError
+from ..runtime.files import link_or_copy, write_json
+from .collect import Collected, collect
+from .data import CalibrationImages, calibration_images
+from .layers import QUANTISED_KINDS
+from .probes import Probes, image_errors, outputs, record
+from .quantize import quantise_graph
+from .ranges import Range, layer_ranges
+from .request import CalibrationRequest, Prepared, prepare
+from .sensitivity import Bench, Kept, choose_kept
+
+FLAVOURS_OF = {"int8": ("tensorrt", "cpu"), "fp8": ("fp8",)}
+"""The first one's graphs are the bundle's main files; ``cpu`` lies beside them."""
+
+METHOD_OF = {"int8": "mse", "fp8": "max"}
+"""Measured best on mar-digits (docs/quantization.md); E4M3 has range to spare."""
+
+
+@dataclass
+class CalibrationResult:
+    """What a run did: ``built`` or ``cached``, and the report that is in the bundle."""
+
+    bundle: Path
+    state: str
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> CalibrationResult:
+    """Writes the quantised bundle with ``reports/calibration.json``, or finds that it is there.
+
+    Raises:
+        UsageError, BundleError: see :func:`prepare`.
+        GtrError: the folder is in the way, another process writes it, or the gate cannot be held.
+    """
+    if request.out.resolve() == request.source.resolve():
+        raise UsageError(f"--out {request.out} is the source itself; choose another folder")
+    prepared = prepare(request)
+    stages = [bundle.manifest["source"]["stages"] for bundle in (prepared.bundle, prepared.float16) if bundle]
+    key = calibration_key(request, stages, prepared.images, prepared.bundle.max_batch)
+    with lock(request.out):
+        settle(request.out)
+        if (report := finished(request, prepared.bundle.architecture.name, key)) is not None:
+            return CalibrationResult(request.out, "cached", report)
+        partial = partial_folder(request.out)
+        if request.force:
+            shutil.rmtree(partial, ignore_errors=True)
+        (partial / "graphs").mkdir(parents=True, exist_ok=True)
+        (partial / MANIFEST).unlink(missing_ok=True)
+        start = time.monotonic()
+        statistics = partial / "statistics.npz"
+        collected = collect(
+            prepared.bundle.architecture, prepared.graphs, prepared.plan, prepared.images, reporter, statistics,
+            request.batch_size, request.threads,
+        )  # fmt: skip
+        report = _write(request, prepared, collected, key, partial, reporter)
+        report["seconds"] = time.monotonic() - start
+        Bundle.load(partial).write_report("calibration", report)
+        statistics.unlink()
+        swap(partial, request.out)
+    return CalibrationResult(request.out, "built", report)
+
+
+def calibration_key(
+    request: CalibrationRequest, stages: Sequence[Mapping[str, str]], images: CalibrationImages, max_batch: int
+) -> str:
+    """Hash of everything that the quantised bundle depends on.
+
+    Args:
+        stages: the keys of the graphs of each source, from their manifests: float32 and, where there is one, float16.
+        max_batch: the source's.
+    """
+    latents = None if images.latents is None else hashlib.sha256(images.latents.tobytes()).hexdigest()
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(file.read_bytes())
+    depends = {
+        "stages": [[dict(keys) for keys in stages], max_batch],
+        "settings": [request.precision, request.plan, request.keep, request.method, request.percentile],
+        "images": [images.labels, images.seeds, latents, request.batch_size, request.compared],
+        "code": code.hexdigest(),
+        "tools": [version("onnx"), _runtime_version()],
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _runtime_version() -> str:
+    import onnxruntime
+
+    return onnxruntime.__version__
+
+
+def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, Any] | None:
+    """The report of a finished bundle of this very key; None if there is nothing.
+
+    Raises:
+        GtrError: something else is in the way.
+    """
+    out = request.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        old = Bundle.load(out)
+    except BundleError as error:
+        if request.force and (out / MANIFEST).is_file():
+            return None
+        raise GtrError(f"{out} is in the way ({error}); choose another folder with --out") from None
+    if request.force:
+        return None
+    found, wanted = (old.architecture.name, old.precision), (model, request.precision)
+    if found != wanted:
+        difference = f"{out} holds {' '.join(found)}, this one is {' '.join(wanted)}"
+        raise GtrError(f"{difference}; --force replaces it, --out puts it elsewhere")
+    if old.manifest["source"].get("calibration") != key:
+        return None
+    try:
+        old.graph_paths(checksums=False)
+        old.graph_paths(checksums=False, target="cpu")
+        return old.read_report("calibration")
+    except BundleError:
+        return None
+
+
+def ranges_of(request: CalibrationRequest, flavour: str, collected: Collected) -> dict[str, Range]:
+    """Ranges by the request's method, or the precision's own."""
+    method = request.method or METHOD_OF[request.precision]
+    grid = "fp8" if flavour == "fp8" else "integer"
+    return layer_ranges(collected.all, method, flavour != "cpu", request.percentile, grid)
+
+
+def bench_of(request: CalibrationRequest, flavour: str, reporter: Reporter) -> Bench:
+    """Calibrates, and makes ready to measure; writes no bundle.
+
+    Raises:
+        UsageError, BundleError: see :func:`prepare`.
+    """
+    prepared = prepare(request)
+    architecture, plan = prepared.bundle.architecture, prepared.plan
+    collected = collect(
+        architecture, prepared.graphs, plan, prepared.images, reporter, None, request.batch_size, request.threads
+    )
+    probes = compared_images(request, prepared)
+    ranges = ranges_of(request, flavour, collected)
+    return Bench(architecture, prepared.sources(flavour), plan, ranges, probes, flavour, request.threads)
+
+
+def compared_images(request: CalibrationRequest, prepared: Prepared) -> Probes:
+    """Float generations to measure errors on, of other seeds than calibration's."""
+    architecture = prepared.bundle.architecture
+    images = calibration_images(architecture, request.compared, first_seed=0)
+    graphs, labels = prepared.graphs, images.labels
+    return record(architecture, graphs, prepared.plan, labels, images.seeds, request.threads)
+
+
+def _write(
+    request: CalibrationRequest, prepared: Prepared, collected: Collected, key: str, partial: Path, reporter: Reporter
+) -> dict[str, Any]:
+    bundle = prepared.bundle
+    with reporter.stage(f"{request.compared} images to compare with"):
+        probes = compared_images(request, prepared)
+    files: dict[str, dict[str, dict[str, Any]]] = {}
+    flavours: dict[str, Any] = {}
+    for flavour in FLAVOURS_OF[request.precision]:
+        ranges = ranges_of(request, flavour, collected)
+        sources = prepared.sources(flavour)
+        bench = Bench(bundle.architecture, sources, prepared.plan, ranges, probes, flavour, request.threads)
+        with reporter.stage(f"what {flavour} graphs keep in high precision"):
+            kept, costs = choose_kept(bench, request.keep, reporter)
+        reporter.say(f"{flavour}: kept {', '.join(kept.layers)} ({kept.why})")
+        main = flavour != "cpu"
+        written: dict[str, Path] = {}
+        for kind in QUANTISED_KINDS:
+            written[kind] = partial / "graphs" / ("" if main else "cpu") / f"{kind}.onnx"
+            names = [layer.name for layer in bench.layers[kind]]
+            keep = [name for name in kept.layers if name in names]
+            quantise_graph(sources[kind], written[kind], ranges, flavour, keep)
+            files.setdefault(kind, {})["main" if main else "cpu"] = stored_graph(
+                partial, written[kind].relative_to(partial).as_posix()
+            )
+        flavours[flavour] = _measured(bench, kept, written, prepared.graphs, request, probes)
+        flavours[flavour]["costs"] = [cost.to_json() for cost in costs]
+    for kind in bundle.graphs:
+        if kind not in QUANTISED_KINDS:
+            half = prepared.float16
+            files[kind] = {"main": _taken(half or bundle, kind, partial)}
+            if half is not None and half.graphs[kind].model.sha256 != bundle.graphs[kind].model.sha256:
+                files[kind]["cpu"] = _taken(bundle, kind, partial, "cpu/")
+    main = flavours[FLAVOURS_OF[request.precision][0]]
+    write_json(partial / MANIFEST, _manifest(request, prepared, key, files, main["kept"]))
+    return {
+        "model": bundle.architecture.name,
+        "precision": request.precision,
+        "plan": prepared.plan.settings.to_json(),
+        "images": collected.images,
+        "rest": "fp16" if prepared.float16 else "fp32",
+        "own_latents": prepared.images.latents is not None,
+        "method": request.method or METHOD_OF[request.precision],
+        "compared_images": request.compared,
+        "memory_grown": collected.grown,
+        "flavours": flavours,
+    }
+
+
+def _taken(source: Bundle, kind: str, partial: Path, folder: str = "") -> dict[str, Any]:
+    """A graph as it is in another bundle: its files, linked, and the manifest's entry for them."""
+    files = source.graphs[kind]
+    for stored in (files.model, files.data):
+        if stored is not None:
+            target = partial / "graphs" / folder / Path(stored.file).name
+            link_or_copy(stored.check(source.folder), target)
+    return stored_graph(partial, f"graphs/{folder}{Path(files.model.file).name}")
+
+
+def _measured(
+    bench: Bench,
+    kept: Kept,
+    written: Mapping[str, Path],
+    float32: Mapping[str, Path],
+    request: CalibrationRequest,
+    probes: Probes,
+) -> dict[str, Any]:
+    """Errors against the float32 graphs, sizes and shares of one flavour's graphs."""
+    exact = bench.flavour != "cpu"
+    errors: dict[str, Any] = {}
+    for kind, name in zip(QUANTISED_KINDS, ("z", "eps"), strict=True):
+        found = outputs(written[kind], probes.inputs[kind], request.threads, optimised=not exact)
+        errors[name] = probes.error(kind, found)
+        if kind == "diffusion_step":
+            errors["eps_by_timestep"] = {str(t): error for t, error in probes.eps_errors(found).items()}
+    from ..runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+
+    graphs = {"detail_score": bench.graphs["detail_score"], **written}
+    backend = OnnxRuntimeBackend(graphs, request.threads, "cpu", optimised=not exact)
+    images = image_errors(bench.architecture, backend, bench.plan, probes)
+    share, sizes = {}, {}
+    for kind, layers in bench.layers.items():
+        work = {layer.name: layer.shape[0] * layer.shape[1] for layer in layers}
+        done = sum(amount for name, amount in work.items() if name not in kept.layers)
+        share[kind] = done / sum(work.values())
+        sizes[kind] = {"bytes": graph_bytes(written[kind]), "fp32_bytes": graph_bytes(float32[kind])}
+    return {
+        "kept": list(kept.layers),
+        "why": kept.why,
+        "gate": kept.gate,
+        "errors": errors,
+        "image_errors": [float(error) for error in images],
+        "median_image_error": kept.image_error,
+        "share_of_multiplications": share,
+        "sizes": sizes,
+    }
+
+
+def _manifest(
+    request: CalibrationRequest,
+    prepared: Prepared,
+    key: str,
+    files: Mapping[str, Mapping[str, Any]],
+    kept: Sequence[str],
+) -> dict[str, Any]:
+    bundle, half = prepared.bundle, prepared.float16
+    rest = ["all else", "attention products", *kept]
+    graphs = {}
+    for kind, entry in bundle.manifest["graphs"].items():
+        graphs[kind] = {**entry, **files[kind]["main"], "cpu": files[kind].get("cpu")}
+    return {
+        **bundle.manifest,
+        "precision": {
+            "name": request.precision,
+            "networks": f"{request.precision} products with constant weights",
+            "float32": rest if half is None else half.manifest["precision"]["float32"],
+            **({} if half is None else {"float16": rest}),
+        },
+        "graphs": graphs,
+        "engines": [],
+        "source": {**bundle.manifest["source"], "calibration": key},
+        "tools": {**bundle.manifest["tools"], "onnx": version("onnx"), "onnxruntime": _runtime_version()},
+        "reports": {},
+    }

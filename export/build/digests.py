@@ -1,0 +1,48 @@
+"""SHA-256 of large files, remembered: a checkpoint has several GB. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ...runtime.errors import GtrError
+from ...runtime.files import cache_dir, write_json
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex, remembered by absolute path, size and modification time.
+
+    Raises:
+        GtrError: the file cannot be read.
+    """
+    store = cache_dir() / "sha256.json"
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+            known = _remembered(store).get(str(path.absolute()))
+            if isinstance(known, dict) and all(known.get(name) == value for name, value in stamp.items()):
+                digest = known.get("sha256")
+                if isinstance(digest, str):
+                    return digest
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise GtrError(f"cannot read {path} ({error.strerror}); give a file that you may read") from None
+    # Read again: another process may have added to it while this one was busy. A cache folder that cannot be written
+    # costs time, nothing else.
+    with contextlib.suppress(OSError):
+        write_json(store, {**_remembered(store), str(path.absolute()): {**stamp, "sha256": digest}})
+    return digest
+
+
+def _remembered(store: Path) -> dict[str, Any]:
+    """The stored digests; empty where the file is missing or damaged."""
+    try:
+        value = json.loads(store.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,59 @@
+"""gtr-export build --precision int8|fp8: the fp32 and the fp16 graphs first, then their calibration.
+
+Both bundles lie beside the wanted one while that is made, so that a kill loses no finished stage, and go away at the
+end.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from ...calibration.data import calibration_images
+from ...calibration.quantised_bundle import CalibrationResult, calibration_key, finished, quantise_bundle
+from ...calibration.request import CalibrationRequest
+from ...runtime.bundle.reader import Bundle
+from ...runtime.bundle.staged import lock, settle
+from ...runtime.commands.console import Reporter
+from .build import BuildRequest, BuildResult, build, stage_keys
+from .sources import resolve_weights
+
+
+def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
+    """See :func:`~.build.build`; raises also what :func:`~..calibration.bundle.quantise_bundle` does."""
+    entry, choices = request.entry(), request.calibration
+    sources = {name: request.out.with_name(f"{request.out.name}.{name}") for name in ("fp32", "fp16")}
+    wanted = CalibrationRequest(
+        sources["fp32"],
+        request.out,
+        request.precision,
+        sources["fp16"],
+        images=choices.images,
+        plan=choices.plan,
+        keep=choices.keep,
+        threads=choices.threads,
+        force=request.force,
+    )
+    images = calibration_images(entry.architecture, choices.images)
+    weights = resolve_weights(request.model, entry, request.checkpoint, request.vae, request.random_weights, reporter)
+    requests = [replace(request, precision=name, out=out, force=False) for name, out in sources.items()]
+    keys = [stage_keys(part, weights) for part in requests]
+    with lock(request.out):
+        settle(request.out)
+        report = finished(wanted, entry.architecture.name, calibration_key(wanted, keys, images, request.max_batch))
+    if report is not None:
+        return _result(request.out, dict.fromkeys([*keys[0], "calibration", "manifest"], "cached"))
+    stages, _ = (build(part, reporter).stages for part in requests)
+    result: CalibrationResult = quantise_bundle(wanted, reporter)
+    for source in sources.values():
+        shutil.rmtree(source)
+        source.with_name(f".{source.name}.lock").unlink(missing_ok=True)
+    return _result(request.out, {**stages, "calibration": result.state, "manifest": result.state})
+
+
+def _result(out: Path, stages: dict[str, str]) -> BuildResult:
+    bundle = Bundle.load(out)
+    both = [stored for files in bundle.graphs.values() for stored in files.cpu or () if stored is not None]
+    total = sum(files.bytes for files in bundle.graphs.values()) + sum(stored.bytes for stored in both)
+    return BuildResult(out, stages, total)

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX engines of a bundle's graphs."""

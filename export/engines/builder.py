@@ -1,0 +1,321 @@
+"""gtr-export engine: TensorRT and TensorRT-RTX engines of all graphs of one bundle. Needs neither torch nor onnx.
+
+Networks are strongly typed: the precision is the graph's, and there is no precision switch. Engines are built beside
+the old ones and listed in the manifest at the end: a kill at any moment leaves a bundle whose listed engines are whole,
+and the next build resumes at the first unfinished one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...runtime.bundle.engine_sets import EngineGraph, EngineSet
+from ...runtime.bundle.reader import MANIFEST, Bundle, StoredFile
+from ...runtime.bundle.staged import lock
+from ...runtime.commands.console import Reporter
+from ...runtime.errors import BundleError, GtrError, PlanError, UsageError
+from ...runtime.files import read_json, write_json
+from ...runtime.machine.examine import Machine, examine_machine
+from ...runtime.models.architecture import Architecture
+from ...runtime.models.graphs import GraphSpec, graph_specs
+from ...runtime.sampling.plan import PlanSettings, SamplingPlan, preset, resolve
+from ...runtime.sampling.shapes import Profile, described, profiles
+from .audit import counted, float32_problem
+from .graph import BuildSettings, build_graph
+from .target import Target, choose_target
+
+STAGES = "stages.json"
+SETTINGS = "build.json"
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What to build; the defaults are the command's.
+
+    Attributes:
+        bundle: the folder.
+        flavour: a key of ``FLAVOURS``.
+        compute_capabilities: for TensorRT-RTX; empty for the GPU that is here, else for all usual ones.
+        max_batch: largest batch of the profiles; the bundle's if None.
+        plans: presets, or files as ``gtr-run plan --json`` writes them; their shapes are what the profiles cover.
+        workspace_gb: largest scratch memory of a kernel, 10^9 bytes; the library's default if None.
+        optimization_level: of the builder, 0 to 5.
+        hardware_compatible: TensorRT only: also for other GPUs from compute capability 8.0 on.
+        strict: an engine that mostly runs in float32 although its graph should not is an error, not a warning.
+        force: build what is already there.
+    """
+
+    bundle: Path
+    flavour: str
+    compute_capabilities: tuple[str, ...] = ()
+    max_batch: int | None = None
+    plans: tuple[str, ...] = ("gtr",)
+    workspace_gb: float | None = None
+    optimization_level: int = 3
+    hardware_compatible: bool = False
+    strict: bool = False
+    force: bool = False
+
+
+@dataclass
+class EngineResult:
+    """What a build did.
+
+    Attributes:
+        built, cached: graph kinds.
+        warnings: one line each.
+    """
+
+    engines: EngineSet
+    bundle: Path
+    built: list[str] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def build_engines(request: EngineRequest, reporter: Reporter, machine: Machine | None = None) -> EngineResult:
+    """Builds an engine of every graph, or finds that it is already there, and lists them in the manifest.
+
+    Raises:
+        UsageError: an option is out of range, contradicts another, or names an unknown plan or compute capability.
+        GtrError: TensorRT without a GPU, another build at work, or an engine in the wrong precision with ``strict``.
+        BackendError: a library is missing, or refuses a graph.
+        BundleError: the bundle is not sound.
+    """
+    start = time.monotonic()
+    machine = machine or examine_machine()
+    target = request_target(request, machine)
+    with lock(request.bundle.resolve()):
+        bundle = Bundle.load(request.bundle)
+        max_batch = request.max_batch or bundle.max_batch
+        if max_batch > bundle.max_batch:
+            raise UsageError(
+                f"--max-batch {max_batch}: the bundle promises {bundle.max_batch}; "
+                "gtr-export build --max-batch raises it"
+            )
+        plans = engine_plans(request.plans, bundle.architecture, bundle.plan_defaults)
+        specs = graph_specs(bundle.architecture, max_batch)
+        wanted = engine_profiles(plans.values(), specs, max_batch)
+        files = bundle.graph_paths()
+        empty = _no_engines(bundle, target, request, tuple(plans), max_batch)
+        capabilities = ", ".join(target.compute_capabilities)
+        reporter.say(
+            f"{empty.key}: for compute capability {capabilities}; plans {', '.join(plans)}; batch up to {max_batch}"
+        )
+        settings = BuildSettings(bundle.precision, request.workspace_gb, request.optimization_level)
+        shelf = _Shelf(bundle, empty, target, settings, request.force)
+        result = EngineResult(empty, request.bundle)
+        graphs: dict[str, EngineGraph] = {}
+        for kind, spec in specs.items():
+            graph = shelf.find(kind, wanted[kind])
+            if graph is not None:
+                result.cached.append(kind)
+                reporter.say(f"{kind}: cached, {graph.engine.bytes / 1e6:.1f} MB, {counted(graph.layers or {})}")
+            else:
+                for sizes in wanted[kind]:
+                    reporter.say(f"{kind}: profile {described(sizes)}")
+                out = shelf.partial / f"{kind}.engine"
+                built = build_graph(files[kind], spec, wanted[kind], target, settings, out, reporter)
+                graph = shelf.keep(kind, wanted[kind], built.seconds, built.audit.layers)
+                result.built.append(kind)
+                result.warnings += built.warnings
+                size = graph.engine.bytes / 1e6
+                reporter.say(f"{kind}: {size:.1f} MB, {built.seconds:.1f} s, {built.audit.line()}")
+            if problem := float32_problem(graph.layers, expected_precision(spec, bundle.precision)):
+                if request.strict:
+                    raise GtrError(f"the {kind} engine: {problem}; without --strict this is a warning")
+                result.warnings.append(f"{kind}: {problem}")
+            graphs[kind] = graph
+        result.engines = shelf.publish(replace(empty, graphs=graphs))
+    for warning in result.warnings:
+        reporter.say(f"warning: {warning}")
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def request_target(request: EngineRequest, machine: Machine) -> Target:
+    """What the request asks to build for, before anything is built.
+
+    Raises:
+        UsageError, NeedsGpuError, BackendError: see :func:`choose_target`; a number out of range.
+    """
+    if not 0 <= request.optimization_level <= 5:
+        raise UsageError(f"--optimization-level {request.optimization_level} is not in 0..5")
+    if request.workspace_gb is not None and not 0 < request.workspace_gb <= 1e4:
+        raise UsageError(f"--workspace {request.workspace_gb:g} is not a size in GB")
+    if request.max_batch is not None and request.max_batch < 1:
+        raise UsageError(f"--max-batch {request.max_batch} is not at least 1")
+    again = f"gtr-export engine {request.bundle} --engine {request.flavour}"
+    return choose_target(
+        request.flavour, request.compute_capabilities, request.hardware_compatible, machine, f"`{again}`"
+    )
+
+
+def check_request(
+    request: EngineRequest, machine: Machine, architecture: Architecture, plan_defaults: Mapping[str, Any]
+) -> None:
+    """Finds what is wrong with a request before its bundle is there.
+
+    Raises:
+        UsageError, NeedsGpuError, BackendError, BundleError: as :func:`build_engines` would.
+    """
+    engine_plans(request.plans, architecture, plan_defaults)
+    request_target(request, machine)
+
+
+def engine_plans(
+    items: Iterable[str], architecture: Architecture, defaults: Mapping[str, Any]
+) -> dict[str, SamplingPlan]:
+    """Preset names, and JSON files with the settings under ``plan``, resolved for one model; by name.
+
+    Raises:
+        PlanError: unknown preset, or settings that do not fit the model.
+        BundleError: a file is missing or not JSON.
+    """
+    plans: dict[str, SamplingPlan] = {}
+    for item in items:
+        if not item.endswith(".json"):
+            plans[item] = resolve(preset(item, architecture, defaults), architecture)
+            continue
+        value = read_json(Path(item))
+        settings = value.get("plan") if isinstance(value, dict) else None
+        if not isinstance(settings, dict):
+            raise PlanError(f'{item} has no plan settings under "plan"; gtr-run plan MODEL --json writes such files')
+        plans[Path(item).name] = resolve(PlanSettings.from_json(settings), architecture)
+    if not plans:
+        raise PlanError("no plan to build engines for; give for example --plans gtr,mar")
+    return plans
+
+
+def engine_profiles(
+    plans: Iterable[SamplingPlan], specs: Mapping[str, GraphSpec], max_batch: int
+) -> dict[str, list[Profile]]:
+    """Profiles of every graph; one that no plan uses gets the shapes that it is verified at."""
+    wanted = profiles(plans, max_batch)
+    for kind, spec in specs.items():
+        if kind not in wanted:
+            wanted[kind] = [
+                {
+                    letter: (low, min(max(low, spec.usual[letter]), spec.largest[letter]), spec.largest[letter])
+                    for letter, low in spec.smallest.items()
+                }
+            ]
+    return wanted
+
+
+def expected_precision(spec: GraphSpec, precision: str) -> str:
+    """What a graph of a ``precision`` bundle computes in: float32 if its contract is as tight as in float32."""
+    return "fp32" if len(set(spec.tolerances.values())) == 1 else precision
+
+
+def _no_engines(
+    bundle: Bundle, target: Target, request: EngineRequest, plans: tuple[str, ...], max_batch: int
+) -> EngineSet:
+    return EngineSet(
+        flavour=target.flavour,
+        version=target.version,
+        compute_capabilities=target.compute_capabilities,
+        gpu=target.gpu,
+        system=target.system,
+        hardware_compatible=target.hardware_compatible,
+        plans=plans,
+        max_batch=max_batch,
+        precision=bundle.precision,
+        optimization_level=request.optimization_level,
+        graphs={},
+    )
+
+
+class _Shelf:
+    """The engines of one key on disk: those listed, and those that an unfinished build has left."""
+
+    def __init__(self, bundle: Bundle, empty: EngineSet, target: Target, settings: BuildSettings, force: bool) -> None:
+        self._bundle, self._empty = bundle, empty
+        self._final, self.partial = (bundle.folder / "engines" / name for name in (empty.key, f"{empty.key}.partial"))
+        #: What a stored engine must have been built with, apart from its graph and profiles.
+        self._settings = {
+            **asdict(settings),
+            "gpu": target.build_gpu,
+            "system": target.system,
+            "hardware_compatible": target.hardware_compatible,
+        }
+        self._listed = next((entry for entry in bundle.engine_sets if entry.key == empty.key), None)
+        self._unfinished: dict[str, EngineGraph] = {}
+        self._usable: list[Mapping[str, EngineGraph]] = []
+        if force:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        self._unfinished = self._read_unfinished()
+        self._usable.append(dict(self._unfinished))
+        if self._listed is not None and _read(self._final / SETTINGS) == self._settings:
+            self._usable.append(self._listed.graphs)
+
+    def find(self, kind: str, wanted: list[Profile]) -> EngineGraph | None:
+        """A sound engine of this very graph, with these profiles and settings."""
+        for graphs in self._usable:
+            graph = graphs.get(kind)
+            if graph is None or (graph.onnx, graph.data, list(graph.profiles)) != (*self._checksums(kind), wanted):
+                continue
+            try:
+                graph.engine.check(self._bundle.folder)
+            except BundleError:
+                continue
+            return graph
+        return None
+
+    def keep(self, kind: str, built: list[Profile], seconds: float, layers: Mapping[str, int]) -> EngineGraph:
+        """Records a file that has just been written into ``partial``."""
+        stored = StoredFile.of(self._bundle.folder, f"engines/{self.partial.name}/{kind}.engine")
+        graph = EngineGraph(stored, *self._checksums(kind), tuple(built), round(seconds, 3), dict(layers))
+        self._unfinished[kind] = graph
+        stages = replace(self._empty, graphs=self._unfinished).to_json()
+        write_json(self.partial / STAGES, {"settings": self._settings, "engines": stages})
+        return graph
+
+    def publish(self, engines: EngineSet) -> EngineSet:
+        """Moves new engines to their place and lists the set; writes nothing if exactly this is listed."""
+        folder, graphs = self._bundle.folder, dict(engines.graphs)
+        new = {kind: graph for kind, graph in graphs.items() if graph.engine.file.split("/")[1] == self.partial.name}
+        if new or engines != self._listed:
+            if new and self._listed is not None:
+                # Between the moves listed engines would have other checksums: for this moment none are listed.
+                fresh = Bundle.load(folder)
+                kept = [entry.to_json() for entry in fresh.engine_sets if entry.key != engines.key]
+                write_json(folder / MANIFEST, {**fresh.manifest, "engines": kept})
+            self._final.mkdir(parents=True, exist_ok=True)
+            for kind, graph in new.items():
+                moved = replace(graph.engine, file=f"engines/{engines.key}/{kind}.engine")
+                (folder / graph.engine.file).replace(folder / moved.file)
+                graphs[kind] = replace(graph, engine=moved)
+            write_json(self._final / SETTINGS, self._settings)
+            engines = replace(engines, graphs=graphs)
+            Bundle.load(folder).with_engines(engines)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        return engines
+
+    def _checksums(self, kind: str) -> tuple[str, str | None]:
+        files = self._bundle.graphs[kind]
+        return files.model.sha256, files.data.sha256 if files.data else None
+
+    def _read_unfinished(self) -> dict[str, EngineGraph]:
+        record = _read(self.partial / STAGES)
+        try:
+            if record["settings"] != self._settings:
+                return {}
+            stages = record["engines"]
+            return dict(EngineSet.from_json(stages, STAGES, stages["graphs"]).graphs)
+        except (BundleError, KeyError, TypeError):
+            return {}  # a damaged record only means that its engines are built again
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except BundleError:
+        return None

@@ -1,0 +1,1 @@
+"""The torch modules behind every graph, and their export to ONNX."""

@@ -1,0 +1,76 @@
+"""The torch modules of a model with their weights, one per graph: exported, and what parity is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...runtime.models.architecture import Architecture
+from ..build.checkpoints import HEAD_PREFIX
+from ..graphs.backbone import Backbone
+from ..graphs.decoders import build_decoder
+from ..graphs.detail_score import DetailScore
+from ..graphs.diffusion_head import DiffusionHead, DiffusionStep
+from ..graphs.layers import set_precision
+from ..graphs.rows import ROW_MODULES
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Networks:
+    """The four modules of one model, one per graph."""
+
+    backbone: nn.Module
+    diffusion_step: nn.Module
+    detail_score: nn.Module
+    decoder: nn.Module
+
+
+def build_graph_module(
+    kind: str,
+    architecture: Architecture,
+    weights: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor],
+    precision: str = "fp32",
+) -> nn.Module:
+    """The module of one graph with its weights, in ``precision``; evaluation mode, no gradients.
+
+    Args:
+        kind: a key of ``graphs.graph_specs``.
+        weights: MAR state dict in the official layout (already checked, see checkpoints.py).
+        vae: VAE decoder state dict; empty for mar-digits.
+    """
+    if kind == "backbone":
+        part = {key: value for key, value in weights.items() if not key.startswith(HEAD_PREFIX)}
+        module: nn.Module = _loaded(lambda: Backbone(architecture), part)
+    elif kind == "diffusion_step":
+        part = {key[len(HEAD_PREFIX) :]: value for key, value in weights.items() if key.startswith(HEAD_PREFIX)}
+        module = DiffusionStep(_loaded(lambda: DiffusionHead(architecture), part))
+    elif kind == "detail_score":
+        module = DetailScore(architecture)
+    elif kind in ROW_MODULES:
+        module = ROW_MODULES[kind]()
+    else:
+        module = _loaded(lambda: build_decoder(architecture), vae)
+    set_precision(module, DTYPES[precision])
+    return module.eval().requires_grad_(False)
+
+
+def _loaded(build, weights: Mapping[str, Tensor]):
+    """Builds without allocating random weights, then takes the given tensors as they are (float32)."""
+    with torch.device("meta"):
+        module = build()
+    module.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True, strict=True)
+    return module
+
+
+def build_networks(
+    architecture: Architecture, weights: Mapping[str, Tensor], vae: Mapping[str, Tensor], precision: str = "fp32"
+) -> Networks:
+    """All four modules."""
+    kinds = ("backbone", "diffusion_step", "detail_score", "decoder")
+    return Networks(*(build_graph_module(kind, architecture, weights, vae, precision) for kind in kinds))

@@ -1,0 +1,257 @@
+"""The torch backend: the modules themselves, on the CPU or on CUDA, same interface as runtime/backends.
+
+The reference that parity is measured against, and the PyTorch side of every comparison of speed. With CUDA graphs the
+reverse steps of one AR step are one replay, so that the comparison is with PyTorch at its best.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ...runtime.backends.protocol import Condition, DiffusionChain, Floats, Integers
+from ...runtime.bundle.reader import Bundle
+from ...runtime.commands.console import Reporter
+from ...runtime.errors import BackendError, GtrError
+from ...runtime.models.graphs import QUANTISED
+from ..build.sources import weights_of_bundle
+from ..graphs.layers import Linear
+from .networks import DTYPES, Networks, build_networks
+
+MAX_CHAINS = 128
+"""Shapes of chains whose buffers and CUDA graphs are kept; the oldest goes first."""
+
+
+class TorchBackend:
+    """Runs the modules eagerly, or replays captured chains. Moves the modules of ``networks`` to the device.
+
+    On CUDA, TF32 is switched off for the process: float32 products there keep 10 bits of mantissa otherwise, which is
+    further from the CPU's than any tolerance allows.
+
+    Attributes:
+        description: device, precision and whether CUDA graphs are in use.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        networks: Networks,
+        device: str | torch.device = "cpu",
+        cuda_graphs: bool = False,
+        fixed_buffers: bool | None = None,
+    ) -> None:
+        """Args:
+            networks: the modules, in one precision.
+            device: ``cpu``, ``cuda`` or ``cuda:N``.
+            cuda_graphs: capture each shape of chain once and replay it; CUDA only, ignored on the CPU.
+            fixed_buffers: keep the buffers of each shape of chain, as capture needs; by default with ``cuda_graphs``.
+
+        Raises:
+            BackendError: torch cannot use the device.
+        """
+        self._device = _usable(device)
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+        self._networks = networks
+        for module in (networks.backbone, networks.diffusion_step, networks.detail_score, networks.decoder):
+            module.to(self._device)
+        self._precision = _precision(networks.diffusion_step)
+        self._capture = cuda_graphs and on_cuda
+        self._keep = self._capture if fixed_buffers is None else fixed_buffers
+        self._chains: dict[tuple[int, ...], _Chain] = {}
+        # One pool for all graphs: nothing in it outlives a replay, results are in buffers outside.
+        self._pool = torch.cuda.graph_pool_handle() if self._capture else None
+
+    @property
+    def description(self) -> str:
+        """Such as ``torch cuda fp16, CUDA graphs``."""
+        return f"{self.name} {self._device.type} {self._precision}" + (", CUDA graphs" if self._capture else "")
+
+    @torch.inference_mode()
+    def condition(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
+    ) -> Condition:
+        arguments = [_host(array).to(self._device) for array in (tokens, visible, predict, context, labels)]
+        z = self._networks.backbone(*arguments)
+        return Condition(tuple(z.shape), z)
+
+    @torch.inference_mode()
+    def detail(self, condition: Condition) -> tuple[Floats, Floats]:
+        score, norm = self._networks.detail_score(condition.value[0])
+        return score.cpu().numpy(), norm.cpu().numpy()
+
+    @torch.inference_mode()
+    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
+        steps = self._chain(condition, chain)
+        steps.load(condition, chain)
+        if self._capture and steps.graph is None:
+            try:
+                steps.capture(self._pool)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                line = f"torch could not capture a CUDA graph, going on without: {reason}"
+                warnings.warn(line, RuntimeWarning, stacklevel=2)
+                self._capture = self._keep = False
+                self._chains.clear()
+                steps = self._chain(condition, chain)
+            # Capturing has run some steps on what was loaded.
+            steps.load(condition, chain)
+        steps.replay()
+        # A copy even on the CPU, where kept buffers will be written again.
+        return steps.x.to("cpu", copy=True).numpy()
+
+    @torch.inference_mode()
+    def decode(self, latents: Floats) -> NDArray[np.uint8]:
+        return self._networks.decoder(_host(latents).to(self._device)).cpu().numpy()
+
+    def _chain(self, condition: Condition, chain: DiffusionChain) -> _Chain:
+        shapes = [size for segment in chain.segments for size in segment.noise.shape[:2]]
+        key = (condition.shape[0], len(chain.rows), *shapes)
+        found = self._chains.get(key)
+        if found is None:
+            found = _Chain(self._networks.diffusion_step, condition, chain, self._device)
+            if self._keep:
+                if len(self._chains) >= MAX_CHAINS:
+                    self._chains.pop(next(iter(self._chains)))
+                self._chains[key] = found
+        return found
+
+
+class _Chain:
+    """The reverse steps of one shape of chain, over buffers that stay where they are. x [N, C] holds the result."""
+
+    def __init__(self, step: nn.Module, condition: Condition, chain: DiffusionChain, device: torch.device) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._step = step
+
+        def like(array: NDArray) -> Tensor:
+            return torch.zeros(array.shape, dtype=_host(array).dtype, device=device)
+
+        self.x, self._guidance, self._rows = like(chain.x), like(chain.guidance), like(chain.rows)
+        branches, _, _, width = condition.shape
+        self._z = torch.zeros((branches, len(chain.rows), width), device=device)
+        self._segments = [
+            (like(segment.timesteps), like(segment.coefficients), like(segment.noise)) for segment in chain.segments
+        ]
+
+    def load(self, condition: Condition, chain: DiffusionChain) -> None:
+        """Uploads everything the chain needs, once: from pinned memory on CUDA, so that nothing waits."""
+        branches, batch, predicted, width = condition.shape
+        self._upload(self._rows, chain.rows)
+        self._z.copy_(condition.value.reshape(branches, batch * predicted, width).index_select(1, self._rows))
+        self._upload(self.x, chain.x)
+        self._upload(self._guidance, chain.guidance)
+        for buffers, segment in zip(self._segments, chain.segments, strict=True):
+            for buffer, array in zip(buffers, (segment.timesteps, segment.coefficients, segment.noise), strict=True):
+                self._upload(buffer, array)
+
+    def run(self, limit: int | None = None) -> None:
+        """All steps, or at most ``limit`` of each segment; nothing here depends on values, only on shapes."""
+        for timesteps, coefficients, noise in self._segments:
+            n = noise.shape[1]
+            x, z, guidance = self.x[:n], self._z[:, :n], self._guidance[:n]
+            for index in range(len(noise) if limit is None else min(limit, len(noise))):
+                x.copy_(self._step(x, z, timesteps[index], coefficients[index], guidance, noise[index]))
+
+    def capture(self, pool) -> None:
+        """Makes ``run`` one CUDA graph. What it leaves in x is not a result."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Libraries initialise and allocate on their first calls, which must not happen during capture.
+            self.run(limit=2)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.run()
+        self.graph = graph
+
+    def replay(self) -> None:
+        """All steps on what is loaded."""
+        if self.graph is None:
+            self.run()
+        else:
+            self.graph.replay()
+
+    def _upload(self, buffer: Tensor, array: NDArray) -> None:
+        host = _host(array)
+        if buffer.is_cuda:
+            # torch's host allocator keeps the pinned block until the copy is done.
+            host = host.pin_memory()
+        buffer.copy_(host, non_blocking=True)
+
+
+def open_backend(
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    precision: str | None = None,
+    cuda_graphs: bool = True,
+    threads: int | None = None,
+    checkpoint: Path | None = None,
+    vae: Path | None = None,
+) -> TorchBackend:
+    """Runs the weights that a bundle was built from; entry point ``torch`` of the group ``gtr_deploy.backends``.
+
+    Args:
+        bundle: names the weights; its graphs are not used.
+        device: ``auto`` (CUDA where torch can use it), ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``fp32``, ``fp16`` or ``bf16``; the bundle's by default, fp32 where that is a quantised one.
+        cuda_graphs: see :class:`TorchBackend`.
+        threads: of one call on the CPU, for the whole process; torch's default if None.
+        checkpoint, vae: the weight files, where they have moved.
+
+    Raises:
+        GtrError: the weights are not found, or torch has no such precision.
+        BackendError: torch cannot use the device.
+    """
+    precision = precision or ("fp32" if bundle.precision in QUANTISED else bundle.precision)
+    if precision not in DTYPES:
+        raise GtrError(f"torch does not run precision {precision}, only {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _usable(device)
+    weights, why_not = weights_of_bundle(bundle, checkpoint, vae, Reporter(quiet=True))
+    if weights is None:
+        raise GtrError(f"the torch backend needs the bundle's weights: {why_not}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    networks = build_networks(bundle.architecture, weights.checkpoint(), weights.vae(), precision)
+    return TorchBackend(networks, device, cuda_graphs)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise BackendError(f"torch device {str(device)!r} is not one of cpu, cuda, cuda:N") from None
+    if found.type not in ("cpu", "cuda"):
+        raise BackendError(f"torch device {str(device)!r} is not one of cpu, cuda, cuda:N")
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendError(f"torch {torch.__version__} cannot use CUDA here; use the device cpu, or a CUDA build")
+        found = torch.device("cuda", found.index or 0)
+        if found.index >= torch.cuda.device_count():
+            raise BackendError(f"torch sees {torch.cuda.device_count()} GPUs, there is no device {found.index}")
+        torch.cuda.set_device(found)
+    return found
+
+
+def _precision(step: nn.Module) -> str:
+    """Of the layers that take part in ``set_precision``."""
+    layers = (module for module in step.modules() if isinstance(module, Linear) and not module.keep_float32)
+    dtype = next((layer.weight.dtype for layer in layers), torch.float32)
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _host(array: NDArray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

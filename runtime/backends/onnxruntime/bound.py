@@ -1,0 +1,252 @@
+"""ONNX Runtime with I/O binding: z and x stay on the device from the backbone to the last reverse step.
+
+Device-agnostic: what runs on CUDA also runs on the CPU provider, where tests exercise it. Buffers are bound by address,
+so that a part of one (a step of a table, the first n rows of x, z without its batch axis) needs no copy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..protocol import Condition, DiffusionChain, Floats, Integers
+
+ALIGNMENT = 256
+"""Bytes; what cudaMalloc guarantees, so that no bound address is worse than an allocation of its own."""
+
+MAX_FIXED_SHAPES = 128
+"""Shapes (G, n) whose buffers and captured graphs are kept. ONNX Runtime cannot drop a captured graph, so any further
+shape runs without one."""
+
+
+class BoundGraphs:
+    """The backend's calls over open sessions; errors are ONNX Runtime's own.
+
+    With ``fixed`` each shape of the diffusion step has its own buffers, whose addresses never change, and a graph id:
+    what the CUDA provider's ``enable_cuda_graph`` asks for. A provider without graphs ignores the id.
+    """
+
+    def __init__(
+        self,
+        runtime: Any,
+        sessions: dict[str, Any],
+        device_type: str,
+        device: int,
+        fixed: bool,
+        reopen_step: Callable[[], Any],
+    ) -> None:
+        """Args:
+        runtime: the onnxruntime module.
+        sessions: graph kind to session; the diffusion step's is replaced if its CUDA graphs fail.
+        device_type, device: where buffers live, in ONNX Runtime's words (``cuda``, ``cpu``).
+        fixed: see above.
+        reopen_step: opens the diffusion step without CUDA graphs.
+        """
+        self.fixed = fixed
+        self._runtime = runtime
+        self._sessions = sessions
+        self._device = (device_type, device)
+        self._reopen_step = reopen_step
+        self._shapes: dict[tuple[int, int], _FixedStep] = {}
+
+    def condition(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
+    ) -> Condition:
+        """The backbone; the value is z as an OrtValue on the device."""
+        binding = self._sessions["backbone"].io_binding()
+        inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, "labels": labels}
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        binding.bind_output("z", *self._device)
+        binding.synchronize_inputs()
+        self._sessions["backbone"].run_with_iobinding(binding)
+        z = binding.get_outputs()[0]
+        branches, batch, predicted, width = z.shape()
+        return Condition((branches, batch, predicted, width), z)
+
+    def detail(self, condition: Condition) -> tuple[Floats, Floats]:
+        """Score and norm [B, P]; only these leave the device."""
+        binding = self._sessions["detail_score"].io_binding()
+        # Branch 0 is the first part of z.
+        self._bind(binding, "z", condition.shape[1:], condition.value.data_ptr())
+        for name in ("score", "norm"):
+            binding.bind_output(name)
+        self._sessions["detail_score"].run_with_iobinding(binding)
+        score, norm = binding.copy_outputs_to_cpu()
+        return score, norm
+
+    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
+        """The whole chain; x_0 [N, C]."""
+        if self.fixed:
+            try:
+                return self._denoise_fixed(condition, chain)
+            except Exception as error:  # ONNX Runtime's own exceptions share no base class
+                reason = " ".join(str(error).split())[:200]
+                warnings.warn(
+                    f"ONNX Runtime could not use CUDA graphs, going on without: {reason}", RuntimeWarning, stacklevel=2
+                )
+                self.fixed = False
+                self._shapes.clear()
+                self._sessions["diffusion_step"] = self._reopen_step()
+        return self._denoise(condition, chain)
+
+    def _denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
+        """One upload for all tables of the chain, x in two buffers by turns, one download."""
+        session, channels = self._sessions["diffusion_step"], chain.x.shape[1]
+        tables = _Packed()
+        guidance, rows = tables.add(chain.guidance[None]), tables.add(chain.rows[None])
+        steps = [[tables.add(table) for table in (s.timesteps, s.coefficients, s.noise)] for s in chain.segments]
+        uploaded = self._put(tables.bytes())
+        base = uploaded.data_ptr()
+        # Both start as x_T: rows that have not joined yet are then right in either buffer.
+        buffers = [self._put(chain.x.copy()), self._put(chain.x.copy())]
+        current = 0
+        for segment, (timesteps, coefficients, noise) in zip(chain.segments, steps, strict=True):
+            n = segment.rows
+            z = self._rows_of_z(condition, chain, base + rows.offset, n, buffers[0].data_ptr(), None)
+            binding = session.io_binding()
+            self._bind(binding, "z", (condition.shape[0], n, condition.shape[3]), z.data_ptr())
+            self._bind(binding, "guidance", (n,), base + guidance.offset)
+            for index in range(len(segment.timesteps)):
+                self._bind(binding, "x", (n, channels), buffers[current].data_ptr())
+                self._bind(binding, "timestep", (n,), base + timesteps.at(index), np.int64)
+                shape = segment.coefficients.shape[1:]
+                self._bind(binding, "coefficients", shape, base + coefficients.at(index))
+                self._bind(binding, "noise", (n, channels), base + noise.at(index))
+                current = 1 - current
+                target = buffers[current].data_ptr()
+                binding.bind_output("x_next", *self._device, np.float32, [n, channels], target)
+                session.run_with_iobinding(binding)
+        return np.array(buffers[current].numpy())
+
+    def _denoise_fixed(self, condition: Condition, chain: DiffusionChain) -> Floats:
+        session, x = self._sessions["diffusion_step"], chain.x.copy()
+        rows = self._put(chain.rows)
+        unsorted = self._put(chain.x)
+        for segment in chain.segments:
+            n = segment.rows
+            step = self._fixed_step(condition, n, chain.x.shape[1], segment.coefficients.shape[2])
+            step.x[0].update_inplace(x[:n])
+            step.guidance.update_inplace(chain.guidance[:n])
+            self._rows_of_z(condition, chain, rows.data_ptr(), n, unsorted.data_ptr(), step.z)
+            for index in range(len(segment.timesteps)):
+                step.timestep.update_inplace(segment.timesteps[index])
+                step.coefficients.update_inplace(segment.coefficients[index])
+                step.noise.update_inplace(segment.noise[index])
+                session.run_with_iobinding(step.bindings[index % 2], step.options[index % 2])
+            x[:n] = step.x[len(segment.timesteps) % 2].numpy()
+        return x
+
+    def _fixed_step(self, condition: Condition, n: int, channels: int, table: int) -> _FixedStep:
+        key = condition.shape[0], n
+        if key not in self._shapes:
+            branches, width = condition.shape[0], condition.shape[3]
+            x = (self._empty((n, channels)), self._empty((n, channels)))
+            inputs = {
+                "z": self._empty((branches, n, width)),
+                "timestep": self._empty((n,), np.int64),
+                "coefficients": self._empty((n, table)),
+                "guidance": self._empty((n,)),
+                "noise": self._empty((n, channels)),
+            }
+            bindings, options = [], []
+            for direction in (0, 1):
+                binding = self._sessions["diffusion_step"].io_binding()
+                for name, value in {**inputs, "x": x[direction]}.items():
+                    binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output("x_next", x[1 - direction])
+                option = self._runtime.RunOptions()
+                # 0 is ONNX Runtime's own, -1 captures nothing.
+                full = len(self._shapes) >= MAX_FIXED_SHAPES
+                option.add_run_config_entry("gpu_graph_id", str(-1 if full else 2 * len(self._shapes) + 1 + direction))
+                bindings.append(binding)
+                options.append(option)
+            step = _FixedStep(x=x, bindings=bindings, options=options, **inputs)
+            if len(self._shapes) >= MAX_FIXED_SHAPES:
+                return step
+            self._shapes[key] = step
+        return self._shapes[key]
+
+    def _rows_of_z(
+        self, condition: Condition, chain: DiffusionChain, rows: int, n: int, x: int, target: Any | None
+    ) -> Any:
+        """z [G, n, D] of the chain's first n rows, into ``target`` if given.
+
+        The bundle's gather_rows graph does it; what it gathers from x and from noise is not needed here.
+        """
+        session = self._sessions["gather_rows"]
+        branches, batch, predicted, width = condition.shape
+        total, channels = chain.x.shape
+        binding = session.io_binding()
+        self._bind(binding, "z", (branches, batch * predicted, width), condition.value.data_ptr())
+        self._bind(binding, "x", (total, channels), x)
+        self._bind(binding, "noise", (1, total, channels), x)
+        self._bind(binding, "rows", (n,), rows, np.int64)
+        if target is None:
+            binding.bind_output("z_rows", *self._device)
+        else:
+            binding.bind_ortvalue_output("z_rows", target)
+        for name in ("x_rows", "noise_rows"):
+            binding.bind_output(name, *self._device)
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()[0] if target is None else target
+
+    def _bind(self, binding: Any, name: str, shape: Sequence[int], address: int, dtype: Any = np.float32) -> None:
+        binding.bind_input(name, *self._device, dtype, list(shape), address)
+
+    def _put(self, array: NDArray[Any]) -> Any:
+        return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *self._device)
+
+    def _empty(self, shape: Sequence[int], dtype: Any = np.float32) -> Any:
+        return self._runtime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, *self._device)
+
+
+@dataclass(frozen=True)
+class _FixedStep:
+    """Buffers of one shape of the diffusion step, with a binding and a graph for each direction between the two x."""
+
+    x: tuple[Any, Any]
+    z: Any
+    timestep: Any
+    coefficients: Any
+    guidance: Any
+    noise: Any
+    bindings: list[Any]
+    options: list[Any]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where a table [S, ...] lies in the packed bytes: entry k at ``offset + k stride``."""
+
+    offset: int
+    stride: int
+
+    def at(self, index: int) -> int:
+        return self.offset + index * self.stride
+
+
+class _Packed:
+    """Tables of several dtypes in one block of bytes, each entry along the first axis aligned."""
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._size = 0
+
+    def add(self, table: NDArray[Any]) -> _Table:
+        raw = np.ascontiguousarray(table).reshape(len(table), -1).view(np.uint8)
+        stride = -(-raw.shape[1] // ALIGNMENT) * ALIGNMENT
+        block = np.zeros((len(table), stride), np.uint8)
+        block[:, : raw.shape[1]] = raw
+        self._blocks.append(block)
+        place = _Table(self._size, stride)
+        self._size += block.size
+        return place
+
+    def bytes(self) -> NDArray[np.uint8]:
+        return np.concatenate([block.ravel() for block in self._blocks])

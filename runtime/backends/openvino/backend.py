@@ -1,0 +1,212 @@
+"""OpenVINO backend: runs a bundle's graphs on CPUs, bfloat16 ones too, in the precision that the bundle has.
+
+What OpenVINO computes in is settled by a hint, whose default on CPUs with bfloat16 is bfloat16, whatever the graph
+says. So the hint is always given here, and read back: float32, but for the network of a bfloat16 graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BackendError
+from ...machine.examine import INSTALL
+from ...machine.openvino import cpu_capabilities, import_openvino
+from ..protocol import Condition, DiffusionChain, Floats, Integers
+from .library import read_onnx, reason, version_problem
+from .split import Part, has_bfloat16, split, whole
+
+BFLOAT16 = ("cut", "graph", "off")
+"""What becomes of bfloat16 graphs. ``cut``: their networks are compiled with the bfloat16 hint, and what is around them
+in float32, see openvino_split.py. ``graph``: compiled in one piece, every tensor in the graph's own type. ``off``: in
+float32. On a CPU without bfloat16, OpenVINO computes all of them in float32."""
+
+
+class OpenVinoBackend:
+    """Compiled models for a bundle's graphs. Calls from several threads take turns.
+
+    Attributes:
+        description: ``openvino cpu``, and what becomes of bfloat16 graphs.
+    """
+
+    name = "openvino"
+
+    def __init__(self, graphs: Mapping[str, Path], threads: int | None = None, *, bfloat16: str | None = None) -> None:
+        """Compiles each graph, for all shapes.
+
+        Args:
+            graphs: graph kind to ONNX file.
+            threads: of one call; OpenVINO's default (physical cores) if None.
+            bfloat16: one of ``BFLOAT16``; ``cut`` on CPUs with bfloat16 by default, ``off`` on others.
+
+        Raises:
+            BackendError: OpenVINO is missing, or refuses a graph.
+        """
+        try:
+            openvino = import_openvino()
+        except ImportError as error:
+            raise BackendError(f"OpenVINO cannot be imported: {reason(error)}; {INSTALL['openvino']}") from None
+        if problem := version_problem(openvino.__version__):
+            raise BackendError(problem)
+        if bfloat16 is not None and bfloat16 not in BFLOAT16:
+            raise BackendError(f"bfloat16 {bfloat16!r} is not one of {', '.join(BFLOAT16)}")
+        capable = "BF16" in cpu_capabilities(openvino)
+        self._mode = bfloat16 or ("cut" if capable else "off")
+        self._lock = threading.RLock()
+        self._programs: dict[str, Program] = {}
+        self.description = "openvino cpu"
+        core = openvino.Core()
+        for kind, path in graphs.items():
+            model = read_onnx(openvino, path)
+            low = has_bfloat16(openvino, model)
+            if low:
+                said = "bfloat16" if capable and self._mode != "off" else "bfloat16 graphs in float32"
+                self.description = f"openvino cpu, {said}"
+            parts = split(openvino, model, kind) if low and self._mode == "cut" else (whole(model),)
+            typed = low and self._mode == "graph"
+            try:
+                self._programs[kind] = Program(openvino, core, parts, threads, typed)
+            except BackendError:
+                raise
+            except Exception as error:  # OpenVINO's own exceptions share no base class
+                raise BackendError(f"OpenVINO cannot compile {path}: {reason(error)}") from error
+
+    def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """One graph call with plain arrays.
+
+        Raises:
+            BackendError: the graph is not there, or the call fails.
+        """
+        with self._program(kind) as program:
+            for name, value in inputs.items():
+                program.bind(name, value)
+            return [value.copy() for value in program.infer()]
+
+    @contextlib.contextmanager
+    def _program(self, kind: str) -> Iterator[Program]:
+        """A graph for this thread alone, with one-line errors."""
+        if kind not in self._programs:
+            raise BackendError(f"this bundle has no {kind} graph")
+        with self._lock:
+            try:
+                yield self._programs[kind]
+            except BackendError:
+                raise
+            except Exception as error:
+                raise BackendError(f"OpenVINO failed in the {kind} graph: {reason(error)}") from error
+
+    def condition(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
+    ) -> Condition:
+        inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, "labels": labels}
+        (z,) = self.run("backbone", inputs)
+        branches, batch, predicted, width = z.shape
+        return Condition((branches, batch, predicted, width), z)
+
+    def detail(self, condition: Condition) -> tuple[Floats, Floats]:
+        score, norm = self.run("detail_score", {"z": condition.value[0]})
+        return score, norm
+
+    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
+        branches, batch, predicted, width = condition.shape
+        z = condition.value.reshape(branches, batch * predicted, width)[:, chain.rows]
+        x = chain.x.copy()
+        with self._program("diffusion_step") as step:
+            for segment in chain.segments:
+                n = segment.rows
+                step.bind("z", z[:, :n])
+                step.bind("guidance", chain.guidance[:n])
+                # Bound once: each reverse step writes its own values into the same memory.
+                active = step.bind("x", x[:n].copy())
+                timestep = step.bind("timestep", segment.timesteps[0].copy())
+                coefficients = step.bind("coefficients", segment.coefficients[0].copy())
+                noise = step.bind("noise", segment.noise[0].copy())
+                for index in range(len(segment.timesteps)):
+                    timestep[...] = segment.timesteps[index]
+                    coefficients[...] = segment.coefficients[index]
+                    noise[...] = segment.noise[index]
+                    (result,) = step.infer()
+                    active[...] = result
+                x[:n] = active
+        return x
+
+    def decode(self, latents: Floats) -> NDArray[np.uint8]:
+        (image,) = self.run("decoder", {"latents": latents})
+        return image
+
+
+class Program:
+    """The compiled parts of one graph, with one request each; values pass between them without copies."""
+
+    def __init__(self, openvino: Any, core: Any, parts: tuple[Part, ...], threads: int | None, typed: bool) -> None:
+        """
+        Args:
+            typed: compute every tensor in its own type.
+
+        Raises:
+            BackendError: OpenVINO would compute in another precision.
+        """
+        self._openvino = openvino
+        self._parts = parts
+        self._requests: list[Any] = []
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._names = {name for part in parts for name in part.inputs} - {n for part in parts for n in part.outputs}
+        for part in parts:
+            types = openvino.Type
+            hint = types.dynamic if typed else types.bf16 if part.lowered else types.f32
+            compiled = core.compile_model(part.model, "CPU", _settings(hint, threads))
+            found = compiled.get_property("INFERENCE_PRECISION_HINT")
+            # A CPU without bfloat16 computes in float32 instead, which is never less than what was asked for.
+            if found not in (hint, types.f32):
+                names = f"{found.get_type_name()} in place of {hint.get_type_name()}"
+                raise BackendError(f"OpenVINO would compute in {names}")
+            self._requests.append(compiled.create_infer_request())
+
+    def bind(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
+        """Hands an input over for all calls until it is bound again; returns the array that OpenVINO reads.
+
+        That is ``value`` itself if it is contiguous and may be written to.
+        """
+        if name not in self._names:
+            raise BackendError(f"the graph has no input {name}")
+        array = np.require(value, requirements=["C", "W"])
+        tensor = self._openvino.Tensor(array, shared_memory=True)
+        for part, request in zip(self._parts, self._requests, strict=True):
+            if name in part.inputs:
+                request.set_input_tensor(part.inputs.index(name), tensor)
+        self._arrays[name] = array
+        return array
+
+    def infer(self) -> list[NDArray[Any]]:
+        """One call with what is bound; the outputs are only good until the next one."""
+        passed: dict[str, Any] = {}
+        for part, request in zip(self._parts, self._requests, strict=True):
+            for index, name in enumerate(part.inputs):
+                if name in passed:
+                    request.set_input_tensor(index, passed[name])
+            request.start_async()
+            request.wait()
+            for index, name in enumerate(part.outputs):
+                passed[name] = request.get_output_tensor(index)
+        return [passed[name].data for name in self._parts[-1].outputs]
+
+
+def _settings(hint: Any, threads: int | None) -> dict[str, Any]:
+    """For calls that come one after the other, each as soon as possible."""
+    settings = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "ENABLE_HYPER_THREADING": False,
+        # Pinned threads of two processes would share one core and leave the next one idle.
+        "ENABLE_CPU_PINNING": False,
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return settings

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: whole generations on the device."""

@@ -1,0 +1,290 @@
+"""Where every array of a generation lies on the device, fixed by the plan and the batch size before anything runs.
+
+Three areas, each one allocation. *Tables* depend on the plan alone and are uploaded once. *Inputs* are what the host
+gives for each generation (positions, labels, noise) and go up in one copy. *Work* is never seen by the host, but for
+the finished latents. Knows NumPy and no CUDA.
+
+Engines want every tensor at an address that is a multiple of ``ALIGNMENT``, also the slice of one reverse step. So the
+per-step tables have a padded stride, ``Block.stride``; only the tables that pass through the row graphs are dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...models.architecture import Architecture
+from ...sampling.diffusion import COEFFICIENTS, ReverseProcess, reverse_process
+from ...sampling.noise import NoiseSource
+from ...sampling.plan import ARStep, SamplingPlan
+from ...sampling.selection import SCORED_RULES, select
+from ...sampling.shapes import ChainShape, chain_shape
+from ..protocol import Floats, Integers
+
+ALIGNMENT = 256
+"""Bytes; what TensorRT's setTensorAddress asks for."""
+
+
+def padded(size: int) -> int:
+    """``size`` rounded up to a multiple of ``ALIGNMENT``."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Block:
+    """One array in an area.
+
+    Attributes:
+        offset: bytes from the area's start.
+        shape: of the array.
+        dtype: float32 or int64.
+        stride: bytes from one entry of the first axis to the next; None for a dense array.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: type[Any]
+    stride: int | None = None
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry of the first axis, without padding."""
+        return int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Bytes from the first to the end of the last entry, padding included."""
+        if self.stride is not None:
+            return self.shape[0] * self.stride
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    def at(self, base: int, index: int = 0) -> int:
+        """Address of the ``index``-th entry of the first axis of a padded block, in an area that starts at ``base``."""
+        return base + self.offset + (index * self.stride if self.stride else 0)
+
+    def view(self, area: NDArray[np.uint8]) -> NDArray[Any]:
+        """The array as a view of a host copy of its area."""
+        raw = area[self.offset : self.offset + self.bytes]
+        if self.stride is None:
+            return raw.view(self.dtype).reshape(self.shape)
+        return raw.reshape(self.shape[0], self.stride)[:, : self.entry_bytes].view(self.dtype).reshape(self.shape)
+
+
+class Area:
+    """Hands out blocks one after another; ``size`` is what must be allocated, in bytes."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def block(self, dtype: type[Any], *shape: int, steps: bool = False) -> Block:
+        """A new block; with ``steps`` its first axis has a padded stride."""
+        dense = Block(self.size, shape, dtype)
+        made = Block(self.size, shape, dtype, padded(dense.entry_bytes)) if steps else dense
+        self.size += padded(max(made.bytes, 1))
+        return made
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """The blocks of one AR step. N = B P rows, in the order (image, predicted token); M = B K of them have the longer
+    chain and run alone for ``split.alone`` steps, then all rows run ``split.common`` steps.
+
+    Attributes:
+        inputs: by name, in the inputs area.
+        tables: by name, in the tables area.
+        scored: the device ranks the tokens; otherwise the host gives ``rows``.
+    """
+
+    step: ARStep
+    split: ChainShape
+    scored: bool
+    inputs: Mapping[str, Block]
+    tables: Mapping[str, Block]
+
+
+@dataclass(frozen=True)
+class DeviceLayout:
+    """All blocks of one plan at one batch size."""
+
+    plan: SamplingPlan
+    architecture: Architecture
+    batch: int
+    labels: Block
+    steps: tuple[StepLayout, ...]
+    work: Mapping[str, Block]
+    inputs_size: int
+    tables_size: int
+    work_size: int
+
+    def fill_tables(self, area: NDArray[np.uint8]) -> None:
+        """Writes what depends on the plan alone."""
+        settings = self.plan.settings
+        for layout in self.steps:
+            step, split = layout.step, layout.split
+            views = {name: block.view(area) for name, block in layout.tables.items()}
+            views["guidance"][...] = step.guidance
+            counts = (step.diffusion_steps, step.refined_diffusion_steps)
+            if not split.longer:
+                process = reverse_process(split.common, settings.max_timestep, settings.temperature)
+                _broadcast(views, "timestep", "coefficients", process, slice(None))
+                continue
+            longer = reverse_process(max(counts), settings.max_timestep, settings.temperature)
+            shorter = reverse_process(min(counts), settings.max_timestep, settings.temperature)
+            _broadcast(views, "timestep_alone", "coefficients_alone", longer, slice(split.alone))
+            views["timestep_long"][...] = longer.timesteps[split.alone :]
+            views["timestep_short"][...] = shorter.timesteps
+            views["coefficients_long"][...] = longer.coefficients[split.alone :]
+            views["coefficients_short"][...] = shorter.coefficients
+            rows = self.batch * step.predicted
+            views["row_index"][...] = np.arange(rows)
+            views["slot_index"][...] = np.arange(self.batch * split.longer)
+            if layout.scored:
+                first = 0 if split.refined_longer else step.refined
+                views["ranks"][...] = np.arange(first, first + split.longer)
+                views["direction"][...] = -1.0 if settings.fts == "lowest" else 1.0
+
+    def fill_inputs(
+        self,
+        area: NDArray[np.uint8],
+        orders: Integers,
+        labels: Integers,
+        seeds: Sequence[int],
+        noise: NoiseSource,
+    ) -> None:
+        """Writes what one generation needs.
+
+        Args:
+            area: uint8 [inputs_size].
+            orders: int64 [B, L].
+            labels: int64 [2, B], classes and null labels.
+            seeds: B image seeds, for the ``random`` selection rule.
+            noise: of every token.
+        """
+        branches = self.labels.shape[0]
+        self.labels.view(area)[...] = labels[:branches]
+        for layout in self.steps:
+            step, split = layout.step, layout.split
+            views = {name: block.view(area) for name, block in layout.inputs.items()}
+            seen = orders[:, : step.known + step.predicted + step.context]
+            parts = np.split(seen, [step.known, step.known + step.predicted], axis=1)
+            for name, part in zip(("visible", "predict", "context"), parts, strict=True):
+                views[name][...] = part
+            images = np.repeat(np.arange(self.batch), step.predicted)
+            draws = noise.draw(images, parts[1].ravel(), split.alone + split.common)
+            views["x"][...] = draws[:, 0]
+            by_step = draws[:, 1:].transpose(1, 0, 2)
+            if split.longer:
+                views["noise_alone"][...] = by_step[: split.alone]
+                views["noise_long"][...] = by_step[split.alone :]
+                views["noise_short"][...] = by_step[: split.common]
+            else:
+                views["noise"][...] = by_step
+            if split.longer and not layout.scored:
+                rule, total = self.plan.settings.fts, self.architecture.tokens
+                refined = select(rule, step.refined, parts[1], seeds, total)
+                views["rows"][...] = np.flatnonzero(refined == split.refined_longer).reshape(self.batch, -1)
+
+    def refined(self, layout: StepLayout, rows: Integers | None) -> NDArray[np.bool_]:
+        """bool [B, P]: which tokens an AR step refined, from the rows that the device chose."""
+        step = layout.step
+        if rows is None:
+            return np.full((self.batch, step.predicted), step.refined == step.predicted > 0)
+        chosen = np.zeros(self.batch * step.predicted, dtype=bool)
+        chosen[rows.ravel()] = True
+        return (chosen == layout.split.refined_longer).reshape(self.batch, step.predicted)
+
+
+def device_layout(plan: SamplingPlan, architecture: Architecture, batch: int) -> DeviceLayout:
+    """Lays out one plan at one batch size."""
+    inputs, tables, work = Area(), Area(), Area()
+    channels, width, columns = architecture.token_channels, architecture.width, len(COEFFICIENTS)
+    branches = max(step.branches for step in plan.steps)
+    labels = inputs.block(np.int64, branches, batch)
+    steps = tuple(_step_layout(step, plan, batch, channels, inputs, tables) for step in plan.steps)
+
+    most_known = max(step.known for step in plan.steps)
+    most_rows = batch * max(step.predicted for step in plan.steps)
+    blocks = {
+        "latents": work.block(np.float32, batch, architecture.tokens, channels),
+        "tokens": work.block(np.float32, batch, most_known, channels),
+        "z": work.block(np.float32, branches, most_rows, width),
+        "x_even": work.block(np.float32, most_rows, channels),
+        "x_odd": work.block(np.float32, most_rows, channels),
+    }
+    split = [layout for layout in steps if layout.split.longer]
+    if split:
+        longer = batch * max(layout.split.longer for layout in split)
+        rows = batch * max(layout.step.predicted for layout in split)
+        alone = max(layout.split.alone for layout in split)
+        common = max(layout.split.common for layout in split)
+        for name, dtype, *shape in (
+            ("score", np.float32, rows),
+            ("norm", np.float32, rows),
+            ("rows", np.int64, longer),
+            ("z_rows", np.float32, branches, longer, width),
+            ("x_rows", np.float32, longer, channels),
+            ("noise_rows", np.float32, alone, longer, channels),
+            ("x_merged", np.float32, rows, channels),
+            ("merged_noise", np.float32, common, rows, channels),
+            ("merged_timestep", np.int64, common, rows),
+            ("merged_coefficients", np.float32, common, rows, columns),
+        ):
+            blocks[name] = work.block(dtype, *shape)
+        # Padded copies of the dense tables, from which single reverse steps are taken.
+        blocks["padded_noise"] = work.block(np.float32, max(alone, common), rows, channels, steps=True)
+        blocks["padded_timestep"] = work.block(np.int64, common, rows, steps=True)
+        blocks["padded_coefficients"] = work.block(np.float32, common, rows, columns, steps=True)
+    return DeviceLayout(plan, architecture, batch, labels, steps, blocks, inputs.size, tables.size, work.size)
+
+
+def _step_layout(step: ARStep, plan: SamplingPlan, batch: int, channels: int, inputs: Area, tables: Area) -> StepLayout:
+    split, columns = chain_shape(step), len(COEFFICIENTS)
+    rows, total = batch * step.predicted, split.alone + split.common
+    given = {
+        "visible": inputs.block(np.int64, batch, step.known),
+        "predict": inputs.block(np.int64, batch, step.predicted),
+        "context": inputs.block(np.int64, batch, step.context),
+        "x": inputs.block(np.float32, rows, channels),
+    }
+    fixed = {"guidance": tables.block(np.float32, rows)}
+    scored = plan.settings.fts in SCORED_RULES
+    if not split.longer:
+        given["noise"] = inputs.block(np.float32, total, rows, channels, steps=True)
+        fixed["timestep"] = tables.block(np.int64, total, rows, steps=True)
+        fixed["coefficients"] = tables.block(np.float32, total, rows, columns, steps=True)
+        return StepLayout(step, split, scored, given, fixed)
+    longer = batch * split.longer
+    given["noise_alone"] = inputs.block(np.float32, split.alone, rows, channels)
+    for side in ("short", "long"):
+        given[f"noise_{side}"] = inputs.block(np.float32, split.common, rows, channels)
+        fixed[f"timestep_{side}"] = tables.block(np.int64, split.common)
+        fixed[f"coefficients_{side}"] = tables.block(np.float32, split.common, columns)
+    fixed["timestep_alone"] = tables.block(np.int64, split.alone, longer, steps=True)
+    fixed["coefficients_alone"] = tables.block(np.float32, split.alone, longer, columns, steps=True)
+    fixed["row_index"] = tables.block(np.int64, rows)
+    fixed["slot_index"] = tables.block(np.int64, longer)
+    if scored:
+        fixed["ranks"] = tables.block(np.int64, batch, split.longer)
+        fixed["direction"] = tables.block(np.float32, 1)
+    else:
+        given["rows"] = inputs.block(np.int64, batch, split.longer)
+    return StepLayout(step, split, scored, given, fixed)
+
+
+def _broadcast(
+    views: Mapping[str, NDArray[Any]], timestep: str, coefficients: str, process: ReverseProcess, window: slice
+) -> None:
+    """The same reverse steps for every row."""
+    views[timestep][...] = process.timesteps[window, None]
+    views[coefficients][...] = process.coefficients[window, None]
+
+
+def ordered_to_grid(latents: Floats, orders: Integers) -> Floats:
+    """Latents [B, L, C] in the order in which they were made -> in grid order."""
+    result = np.empty_like(latents)
+    np.put_along_axis(result, orders[:, :, None], latents, axis=1)
+    return result

@@ -1,0 +1,1 @@
+"""One file per command of gtr-run, and what the commands share."""

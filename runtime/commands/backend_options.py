@@ -1,0 +1,59 @@
+"""The command-line options that choose the backend, shared by every command that runs a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..backends.registry import BACKENDS, CUDA_GRAPH_MODES, PROVIDERS, BackendOptions
+from ..bundle.reader import Bundle
+from .console import Reporter
+from .option_groups import with_options
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
+#: (option, type, default, help)
+_OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("--backend", click.Choice(("auto", *BACKENDS)), "auto", "Engine library."),
+    ("--provider", click.Choice(PROVIDERS), "auto", "Where onnxruntime and torch compute."),
+    ("--device", click.IntRange(0, 255), 0, "Index of the GPU."),
+    (
+        "--cuda-graph",
+        click.Choice(CUDA_GRAPH_MODES),
+        "auto",
+        "What is captured as a CUDA graph; onnxruntime and torch only tell off from the rest, openvino has none.",
+    ),
+    ("--threads", click.IntRange(1, 1024), None, "Threads of one engine call on the CPU."),
+)
+
+
+def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds ``--backend`` and its companions; the command gets ``engine``, a :class:`BackendOptions`."""
+
+    options = {
+        option.removeprefix("--").replace("-", "_"): click.option(
+            option, type=kind, default=default, show_default=default is not None, help=text
+        )
+        for option, kind, default, text in _OPTIONS
+    }
+    return with_options(command, options, lambda values: {"engine": BackendOptions(**values)})
+
+
+def load_pipeline(bundle: Bundle, engine: BackendOptions, reporter: Reporter) -> Pipeline:
+    """Opens the bundle, and says which backend was chosen and why if the user left it open. The caller closes it.
+
+    Raises:
+        BundleError, BackendError, UsageError: see :meth:`Pipeline.load`.
+    """
+    from ..pipeline import Pipeline
+
+    with reporter.stage(f"load {bundle.folder}"):
+        pipeline = Pipeline.load(
+            bundle, engine.backend, engine.threads, True, engine.provider, engine.device, engine.cuda_graph
+        )
+    if pipeline.backend_why:
+        reporter.say(f"backend {pipeline.backend.name}: {pipeline.backend_why}")
+    return pipeline

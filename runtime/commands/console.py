@@ -1,0 +1,206 @@
+"""What both commands say to people: one-line errors, tables, progress on a terminal and plain lines elsewhere.
+
+Results go to standard output, everything else to standard error, so that ``--json`` output can be piped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+from ..errors import GtrError, UsageError
+
+
+class CommandGroup(click.Group):
+    """A click group whose every error is one line: exit 2 for bad usage, 1 for failure, 130 for Ctrl-C."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        kwargs["standalone_mode"] = False
+        name = kwargs.get("prog_name") or self.name or "gtr"
+        try:
+            code = super().main(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            code = 2
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else name
+            click.echo(f"{command}: {_one_line(error.format_message())} (see {command} --help)", err=True)
+            code = 2
+        except UsageError as error:
+            click.echo(f"{name}: {_one_line(str(error))}", err=True)
+            code = 2
+        except (GtrError, click.ClickException) as error:
+            click.echo(f"{name}: {_one_line(str(error))}", err=True)
+            code = 1
+        except OSError as error:
+            click.echo(f"{name}: {error.filename or 'file error'}: {error.strerror or error}", err=True)
+            code = 1
+        except (KeyboardInterrupt, click.Abort):
+            click.echo(f"{name}: stopped", err=True)
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on standard output; columns of numbers are right-aligned.
+
+    Only the last column folds, and only on a terminal: a number that is broken over two lines cannot be read.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    widths = [max(len(text) for text in cells) for cells in zip(columns, *rows, strict=True)]
+    for index, column in enumerate(columns):
+        numeric = all(_looks_numeric(row[index]) for row in rows)
+        least = widths[index] if index < len(columns) - 1 else min(widths[index], 24)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=least)
+    for row in rows:
+        table.add_row(*row)
+    padding = 3 * len(columns) + 2
+    needed = sum(widths) + padding
+    if sys.stdout.isatty():
+        needed = max(Console().width, sum(widths[:-1]) + min(widths[-1], 24) + padding)
+    console = Console(file=sys.stdout, width=max(needed, len(title or "")), highlight=False, markup=False, emoji=False)
+    console.print(table)
+
+
+def _looks_numeric(text: str) -> bool:
+    return not text or text[0].isdigit() or (text[0] in "-+<." and text[1:2].isdigit())
+
+
+class Reporter:
+    """Progress of long work, on standard error.
+
+    On a terminal a live line with elapsed time; elsewhere plain lines. ``quiet`` says nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live = sys.stderr.isatty() and not quiet
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self._quiet:
+            click.echo(text, err=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A phase of unknown length: shown while it runs, with its seconds at the end."""
+        start = time.monotonic()
+        if self._live:
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                progress.add_task(name, total=None)
+                yield
+        else:
+            self.say(f"{name} ...")
+            yield
+        self.say(f"{name}: {time.monotonic() - start:.1f} s")
+
+    @contextmanager
+    def bar(self, name: str, total: int, unit: str = "") -> Iterator[Progressed]:
+        """A phase of known length. Yields an object whose ``to(done)`` is called as it advances."""
+        if self._live:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                task = progress.add_task(name, total=total)
+                yield Progressed(lambda done: progress.update(task, completed=done))
+        else:
+            start, shown = time.monotonic(), [0]
+
+            def line(done: int) -> None:
+                tenth = 10 * done // max(total, 1)
+                if tenth > shown[0] and done < total:
+                    shown[0] = tenth
+                    self.say(f"{name}: {done}/{total} {unit} ({time.monotonic() - start:.0f} s)")
+
+            yield Progressed(line)
+
+    @contextmanager
+    def phases(self, name: str) -> Iterator[Phases]:
+        """Nested phases of one piece of work, with elapsed times; elsewhere than on a terminal the outermost only."""
+        if not self._live:
+            yield Phases(lambda phase: self.say(f"{name}: {phase} ..."))
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            progress.add_task(name, total=None)
+            yield Phases(None, progress)
+
+
+class Phases:
+    """Handle of running phases; may be called from any thread."""
+
+    def __init__(self, say: Callable[[str], None] | None, progress: Any = None) -> None:
+        self._say, self._progress = say, progress
+        self._open: dict[str, tuple[int, Any]] = {}
+
+    def start(self, name: str, parent: str | None = None, steps: int = 0) -> None:
+        """A phase inside ``parent`` begins; 0 steps where their number is unknown."""
+        depth = self._open[parent][0] + 1 if parent in self._open else 1
+        task = None
+        if self._progress is not None:
+            task = self._progress.add_task("  " * depth + name, total=steps or None)
+        elif depth == 1 and self._say is not None:
+            self._say(name)
+        self._open[name] = (depth, task)
+
+    def step(self, name: str, done: int) -> None:
+        """``done`` steps of a phase are done."""
+        if self._progress is not None and name in self._open:
+            self._progress.update(self._open[name][1], completed=done)
+
+    def finish(self, name: str) -> None:
+        """A phase ends."""
+        _, task = self._open.pop(name, (0, None))
+        if task is not None:
+            self._progress.remove_task(task)
+
+
+class Progressed:
+    """Handle of a running bar."""
+
+    def __init__(self, update: Any) -> None:
+        self._update = update
+        self._done = 0
+
+    def to(self, done: int) -> None:
+        """``done`` units are done in all."""
+        self._done = done
+        self._update(done)
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more units are done."""
+        self.to(self._done + count)

@@ -1,0 +1,344 @@
+"""gtr-run evaluate: what a plan costs in quality, in numbers with intervals."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import GtrError, UsageError
+from .backend_options import backend_options, load_pipeline
+from .console import Reporter, print_json, print_table
+from .plan_options import chosen_plan, plan_options
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..backends.registry import BackendOptions
+    from ..bundle.reader import Bundle
+    from ..models.architecture import Architecture
+    from ..pipeline import Pipeline
+    from ..quality.estimates import Estimate, Measure, Tally
+    from ..sampling.plan import SamplingPlan
+
+HEADINGS = {
+    "frechet_distance": "Frechet distance",
+    "inception_score": "inception score",
+    "class_accuracy": "accuracy",
+    "nearest_ratio": "nearest real",
+    "diversity_ratio": "diversity",
+}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One plan's pictures.
+
+    Attributes:
+        name: preset.
+        plan: as it ran.
+        tally: what is kept of its pictures.
+        figures: what they are worth.
+        seconds: per image, decoding included; None if all were read from ``--save-images``.
+        generated: images that were made now and not read.
+    """
+
+    name: str
+    plan: SamplingPlan
+    tally: Tally
+    figures: Mapping[str, Estimate]
+    seconds: float | None
+    generated: int
+
+    def to_json(self, difference: Mapping[str, Estimate]) -> dict[str, Any]:
+        """Its figures, and what it has more or less than another plan on the same seeds."""
+        return {
+            "plan": self.plan.settings.to_json(),
+            "ar_steps": len(self.plan.steps),
+            "head_calls": self.plan.head_calls,
+            "flops": self.plan.flops,
+            "seconds_per_image": self.seconds,
+            "generated": self.generated,
+            "figures": {name: estimate.to_json() for name, estimate in self.figures.items()},
+            "difference": {name: estimate.to_json() for name, estimate in difference.items()},
+        }
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@plan_options(multiple=True)
+@click.option("--images", type=click.IntRange(2, 1_000_000), default=1000, show_default=True, help="Images per plan.")
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Image n gets seed + n.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), help="Images per batch (the bundle's max_batch).")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="NPZ with mu and sigma of real pictures' Inception features; digits need none.",
+)
+@click.option(
+    "--inception-weights",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="torch-fidelity's weights file, where it cannot be downloaded.",
+)
+@click.option(
+    "--save-images",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the PNGs; what is there already is not made again.",
+)
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="PNG: Frechet distance against time.")
+@backend_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def evaluate(
+    bundle: Path,
+    plan: str,
+    overrides: Mapping[str, Any],
+    images: int,
+    seed: int,
+    batch_size: int | None,
+    reference: Path | None,
+    inception_weights: Path | None,
+    save_images: Path | None,
+    plot: Path | None,
+    engine: BackendOptions,
+    as_json: bool,
+) -> None:
+    """Measure picture quality per plan: Frechet distance, inception score, and seconds per image.
+
+    Images are class-balanced: image n has class n modulo the number of classes, and the same seed under every plan.
+
+    Digits are compared with the 1,797 real ones in the package, and also counted: the share that a classifier takes for
+    the digit asked for; the distance to the nearest real digit and the diversity within a class, both relative to real
+    digits (1 is what these have; a copier's nearest is 0).
+
+    ImageNet models: FID against --reference (ADM's statistics) and Inception score, with `pip install
+    'gtr-deploy[evaluate]'`. The published protocol is --images 50000, 50 of each class, EMA weights, 8-bit PNGs; use
+    --save-images, so that an interrupted run goes on where it stopped. FIDs of fewer images are larger: compare only
+    equal numbers.
+    """
+    from ..bundle.reader import Bundle
+    from ..quality.plot import Point, checked_target, plot_front
+
+    if plot is not None:
+        checked_target(plot)
+    opened = Bundle.load(bundle)
+    architecture = opened.architecture
+    names = [name.strip() for name in plan.split(",")]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"--plans: {', '.join(twice)} stands there twice")
+    plans = {name: chosen_plan(name, overrides, architecture, opened.plan_defaults) for name in names}
+    reporter = Reporter(quiet=as_json)
+    measure = open_measure(architecture, reference, inception_weights, engine)
+    if images % architecture.classes:
+        first = images % architecture.classes
+        reporter.say(f"{images} images over {architecture.classes} classes: the first {first} get one more")
+    pipeline = click.get_current_context().with_resource(load_pipeline(opened, engine, reporter))
+    results: list[Evaluated] = []
+    for name, resolved in plans.items():
+        folder = None if save_images is None else save_images / name
+        job = _Job(opened, pipeline, resolved, images, seed, batch_size or min(images, opened.max_batch), folder)
+        results.append(_evaluated(name, job, measure, reporter))
+    differences = [{} if result is results[0] else result.tally.less(results[0].tally) for result in results]
+    points = [
+        Point(result.name, result.seconds, result.figures["frechet_distance"])
+        for result in results
+        if result.seconds is not None
+    ]
+    if plot is not None and points:
+        title = f"{architecture.name}, {images} images, {pipeline.backend.name}"
+        plot_front(plot, title, points, "seconds per image", "Frechet distance")
+    if as_json:
+        print_json(
+            {
+                "model": architecture.name,
+                "precision": opened.precision,
+                "backend": pipeline.backend.name,
+                "backend_why": pipeline.backend_why,
+                "images": images,
+                "seed": seed,
+                "batch_size": batch_size or min(images, opened.max_batch),
+                "features": measure.features,
+                "reference": measure.reference,
+                "plans": [result.to_json(own) for result, own in zip(results, differences, strict=True)],
+                "plot": str(plot) if plot and points else None,
+            }
+        )
+    else:
+        _print(results, differences, f"{architecture.name}, {opened.precision}, {images} images, {measure.reference}")
+        if plot is not None and points:
+            click.echo(f"plot: {plot}")
+    if plot is not None and not points:
+        raise GtrError("--plot needs times: every image was read from --save-images, and none was made")
+
+
+for _parameter in evaluate.params:
+    if _parameter.name == "plan":
+        _parameter.opts.append("--plans")  # what the same option of gtr-export verify is called
+
+
+def open_measure(
+    architecture: Architecture, reference: Path | None, weights: Path | None, engine: BackendOptions
+) -> Measure:
+    """The feature space that suits a model's pictures.
+
+    Raises:
+        UsageError: an option is missing or has no place here.
+        GtrError: a file or a library is not what it should be.
+    """
+    if architecture.label_names == "digits":
+        from ..quality.digits import DigitsMeasure
+
+        for option, value in (("--reference", reference), ("--inception-weights", weights)):
+            if value is not None:
+                raise UsageError(f"{option} is for ImageNet models; {architecture.name} is compared with real digits")
+        if architecture.classes != 10 or any(side % 8 for side in architecture.image_size):
+            height, width = architecture.image_size
+            raise UsageError(
+                f"{architecture.name} makes {height}x{width} pictures of {architecture.classes} classes; digits are "
+                "compared as 8x8 pictures of 10"
+            )
+        return DigitsMeasure()
+    if reference is None:
+        raise UsageError(
+            f"{architecture.name} makes ImageNet pictures: give --reference FILE, the statistics of real ones "
+            "(npz with mu and sigma; fid_stats/adm_in256_stats.npz of the MAR repository)"
+        )
+    from ..quality.inception import InceptionMeasure
+
+    device = {"auto": None, "cuda": f"cuda:{engine.device}"}.get(engine.provider, engine.provider)
+    return InceptionMeasure(reference, weights, device)
+
+
+@dataclass(frozen=True)
+class _Job:
+    bundle: Bundle
+    pipeline: Pipeline
+    plan: SamplingPlan
+    images: int
+    seed: int
+    batch: int
+    folder: Path | None
+
+
+def _evaluated(name: str, job: _Job, measure: Measure, reporter: Reporter) -> Evaluated:
+    tally = measure.tally(job.images)
+    seconds, generated, done = 0.0, 0, 0
+    with reporter.bar(f"{job.images} images, plan {name}", job.images, "images") as bar:
+        for pictures, labels, spent in _batches(job):
+            tally.add(pictures, labels)
+            done += len(labels)
+            if spent is not None:
+                seconds, generated = seconds + spent, generated + len(labels)
+            bar.to(done)
+    return Evaluated(name, job.plan, tally, tally.figures(), seconds / generated if generated else None, generated)
+
+
+def _batches(job: _Job) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], float | None]]:
+    """Pictures, labels and the seconds they took to make; None if they were read."""
+    from ..pictures.trace import save_png
+    from ..quality.estimates import balanced_labels
+
+    labels = balanced_labels(job.images, job.bundle.architecture.classes)
+    warm = False
+    for start in range(0, job.images, job.batch):
+        part = slice(start, min(start + job.batch, job.images))
+        seeds = list(range(job.seed + part.start, job.seed + part.stop))
+        own, files, settings = labels[part], [], []
+        if job.folder is not None:
+            files = [job.folder / f"{index:06d}.png" for index in range(part.start, part.stop)]
+            settings = [_settings(job, int(label), seed) for label, seed in zip(own, seeds, strict=True)]
+            pictures = _read(files, settings)
+            if pictures is not None:
+                yield pictures, own, None
+                continue
+            job.folder.mkdir(parents=True, exist_ok=True)
+        if not warm:
+            job.pipeline.warm_up(job.plan, job.batch)
+            warm = True
+        begin = time.perf_counter()
+        made = job.pipeline.generate(own.tolist(), seeds, job.plan, batch_size=job.batch)
+        spent = time.perf_counter() - begin
+        if files:
+            for file, image, setting in zip(files, made.images, settings, strict=True):
+                save_png(file, image, setting)
+        yield made.images, own, spent
+
+
+def _settings(job: _Job, label: int, seed: int) -> dict[str, Any]:
+    """What decides an image, for its PNG."""
+    sums = "".join(files.model.sha256 for _, files in sorted(job.bundle.graphs.items()))
+    return {
+        "model": job.bundle.architecture.name,
+        "precision": job.bundle.precision,
+        "graphs": hashlib.sha256(sums.encode()).hexdigest(),
+        "backend": job.pipeline.backend.name,
+        "class": label,
+        "seed": seed,
+        "plan": job.plan.settings.to_json(),
+    }
+
+
+def _read(files: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> NDArray[np.uint8] | None:
+    """The batch as it was saved; None unless every image is there.
+
+    Raises:
+        GtrError: an image of another plan, seed or bundle lies there.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from ..pictures.trace import read_settings
+
+    if not all(file.is_file() for file in files):
+        return None
+    pictures = []
+    for file, wanted in zip(files, settings, strict=True):
+        found = read_settings(file)
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                raise GtrError(
+                    f"{file} was made with another {key}; give --save-images another folder, or empty that one"
+                )
+        with Image.open(file) as picture:
+            pictures.append(np.asarray(picture.convert("RGB")))
+    return np.stack(pictures)
+
+
+def _print(results: Sequence[Evaluated], differences: Sequence[Mapping[str, Estimate]], title: str) -> None:
+    shown = [name for name in HEADINGS if any(name in result.figures for result in results)]
+    headings = ["plan", *(HEADINGS[name] for name in shown)]
+    rows = [
+        [
+            result.name,
+            *(_cell(name, result.figures.get(name)) for name in shown),
+            "" if result.seconds is None else f"{result.seconds:.3f}",
+            f"{result.plan.flops / 1e9:.2f}",
+        ]
+        for result in results
+    ]
+    print_table([*headings, "s per image", "GFLOP"], rows, title=title)
+    if any(differences):
+        rows = [
+            [result.name, *(_cell(name, own.get(name), "+") for name in shown)]
+            for result, own in zip(results, differences, strict=True)
+            if own
+        ]
+        print_table(headings, rows, title=f"difference from {results[0].name}, image by image")
+
+
+def _cell(name: str, estimate: Estimate | None, sign: str = "") -> str:
+    """``3.97 (3.08 to 4.87)``; a share as a percentage."""
+    if estimate is None:
+        return ""
+
+    def text(value: float) -> str:
+        return f"{value:{sign}.1%}" if name == "class_accuracy" else f"{value:{sign}.2f}"
+
+    if estimate.low is None or estimate.high is None:
+        return text(estimate.value)
+    return f"{text(estimate.value)} ({text(estimate.low)} to {text(estimate.high)})"

@@ -1,0 +1,1 @@
+"""Libraries and devices that are here."""

@@ -1,0 +1,282 @@
+"""The CUDA calls behind the TensorRT backend, through ``cuda.bindings.runtime`` 12 or 13.
+
+Knows nothing of engines. Addresses, streams, events and graphs are plain ints, since that is what TensorRT takes.
+Importing this module needs neither cuda-bindings nor a driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BackendError
+
+INSTALL = "pip install 'gtr-deploy[tensorrt]'"
+SMALLEST_ALLOCATION = 256
+"""Bytes. TensorRT wants an address even for an empty tensor, and CUDA gives none for 0 bytes."""
+
+
+class CudaError(BackendError):
+    """A CUDA call failed.
+
+    Attributes:
+        code: CUDA's name of the error, such as ``cudaErrorMemoryAllocation``.
+        text: what is wrong, without what was tried.
+    """
+
+    def __init__(self, attempt: str, code: str, text: str) -> None:
+        super().__init__(f"{attempt}: {code}: {text}")
+        self.code, self.text = code, text
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, and the CUDA that serves it.
+
+    Attributes:
+        compute_capability: such as ``9.0``.
+        memory: bytes in total.
+        driver: newest CUDA version that the driver supports, such as ``13.0``.
+        runtime: CUDA version that cuda-bindings brings.
+    """
+
+    index: int
+    name: str
+    compute_capability: str
+    memory: int
+    driver: str
+    runtime: str
+
+
+@dataclass(frozen=True, eq=False)
+class PinnedBuffer:
+    """Page-locked host memory. ``array`` [size] is a view of it, and dangles once the buffer is freed."""
+
+    size: int
+    address: int
+    array: NDArray[np.uint8] = field(repr=False)
+
+
+def list_devices() -> list[Device]:
+    """The GPUs that CUDA sees, at least one.
+
+    Raises:
+        BackendError: cuda-bindings is missing.
+        CudaError: there is no driver or no GPU, or the driver is too old for cuda-bindings.
+    """
+    return _devices(_load())
+
+
+class Cuda:
+    """One GPU. CUDA selects devices per thread: use an instance from the thread that made it.
+
+    Every method raises CudaError when CUDA refuses; those that free never raise, so that a teardown after a failure
+    neither hides the failure nor stops half way.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        """Selects a GPU.
+
+        Raises:
+            BackendError: as ``list_devices``, or there is no GPU with this index.
+        """
+        self._runtime = _load()
+        devices = _devices(self._runtime)
+        if not 0 <= device < len(devices):
+            found = "1 GPU, number 0" if len(devices) == 1 else f"{len(devices)} GPUs, numbers 0 to {len(devices) - 1}"
+            raise CudaError(f"selecting GPU {device}", "cudaErrorInvalidDevice", f"this machine has {found}")
+        self._check(f"selecting GPU {device}", self._runtime.cudaSetDevice(device))
+        self.device = devices[device]
+
+    def _check(self, attempt: str, result: tuple[Any, ...]) -> Any:
+        return _check(self._runtime, attempt, result)
+
+    def _release(self, call: str, handle: int) -> None:
+        if handle:
+            with contextlib.suppress(Exception):
+                getattr(self._runtime, call)(handle)
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes of the GPU."""
+        return self._check("asking for the free GPU memory", self._runtime.cudaMemGetInfo())
+
+    def allocate(self, size: int) -> int:
+        """Address of ``size`` bytes of GPU memory, aligned to 256 bytes; 0 bytes also get an address of their own."""
+        result = self._runtime.cudaMalloc(max(size, SMALLEST_ALLOCATION))
+        attempt = f"allocating {size} bytes of GPU memory"
+        if _code(result) == "cudaErrorMemoryAllocation":
+            free, total = self.memory()
+            attempt += f" ({free} of {total} bytes are free)"
+        return int(self._check(attempt, result))
+
+    def free(self, address: int) -> None:
+        """Gives GPU memory back; 0 is ignored. Work that still uses it must have been synchronised."""
+        self._release("cudaFree", address)
+
+    def allocate_pinned(self, size: int) -> PinnedBuffer:
+        """``size`` bytes of page-locked host memory."""
+        attempt = f"allocating {size} bytes of page-locked memory"
+        address = int(self._check(attempt, self._runtime.cudaMallocHost(max(size, SMALLEST_ALLOCATION))))
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        return PinnedBuffer(size, address, array)
+
+    def free_pinned(self, buffer: PinnedBuffer) -> None:
+        """Gives page-locked memory back; no view of ``buffer.array`` may be used after this."""
+        self._release("cudaFreeHost", buffer.address)
+
+    def upload(self, destination: int, source: int, size: int, stream: int) -> None:
+        """Queues a copy of ``size`` bytes from a host address; a pinned source is read when the copy runs."""
+        self._copy("to the GPU", "cudaMemcpyHostToDevice", destination, source, size, stream)
+
+    def download(self, destination: int, source: int, size: int, stream: int) -> None:
+        """Queues a copy of ``size`` bytes to a host address, which holds them once the stream is synchronised."""
+        self._copy("from the GPU", "cudaMemcpyDeviceToHost", destination, source, size, stream)
+
+    def copy(self, destination: int, source: int, size: int, stream: int) -> None:
+        """Queues a copy of ``size`` bytes within the GPU; the two ranges may not overlap."""
+        self._copy("within the GPU", "cudaMemcpyDeviceToDevice", destination, source, size, stream)
+
+    def _copy(self, where: str, kind: str, destination: int, source: int, size: int, stream: int) -> None:
+        if size:
+            direction = getattr(self._runtime.cudaMemcpyKind, kind)
+            result = self._runtime.cudaMemcpyAsync(destination, source, size, direction, stream)
+            self._check(f"copying {size} bytes {where}", result)
+
+    def copy_rows(
+        self,
+        destination: int,
+        destination_pitch: int,
+        source: int,
+        source_pitch: int,
+        width: int,
+        rows: int,
+        stream: int,
+    ) -> None:
+        """Queues a copy of ``rows`` rows of ``width`` bytes within the GPU; pitches are bytes from row to row."""
+        if width and rows:
+            direction = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            result = self._runtime.cudaMemcpy2DAsync(
+                destination, destination_pitch, source, source_pitch, width, rows, direction, stream
+            )
+            self._check(f"copying {rows} rows of {width} bytes within the GPU", result)
+
+    def create_stream(self) -> int:
+        """A stream that does not wait for the default stream."""
+        flags = self._runtime.cudaStreamNonBlocking
+        return int(self._check("creating a CUDA stream", self._runtime.cudaStreamCreateWithFlags(flags)))
+
+    def destroy_stream(self, stream: int) -> None:
+        """Gives a stream back; 0 is ignored."""
+        self._release("cudaStreamDestroy", stream)
+
+    def synchronize(self, stream: int) -> None:
+        """Waits for everything queued on a stream; errors of that work surface here."""
+        self._check("waiting for the GPU", self._runtime.cudaStreamSynchronize(stream))
+
+    def create_event(self) -> int:
+        """An event that keeps time."""
+        return int(self._check("creating a CUDA event", self._runtime.cudaEventCreate()))
+
+    def record(self, event: int, stream: int) -> None:
+        """Queues the event: it happens when the stream gets there."""
+        self._check("recording a CUDA event", self._runtime.cudaEventRecord(event, stream))
+
+    def elapsed(self, start: int, end: int) -> float:
+        """Seconds between two recorded events; waits for ``end``."""
+        self._check("waiting for a CUDA event", self._runtime.cudaEventSynchronize(end))
+        return self._check("timing with CUDA events", self._runtime.cudaEventElapsedTime(start, end)) / 1000
+
+    def destroy_event(self, event: int) -> None:
+        """Gives an event back; 0 is ignored."""
+        self._release("cudaEventDestroy", event)
+
+    def begin_capture(self, stream: int) -> None:
+        """From here to ``end_capture``, work on the stream is recorded instead of run.
+
+        This thread may neither allocate, free nor synchronise meanwhile; other threads may.
+        """
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._check("beginning a CUDA graph", self._runtime.cudaStreamBeginCapture(stream, mode))
+
+    def end_capture(self, stream: int) -> int:
+        """The recorded work as an executable graph.
+
+        Raises:
+            CudaError: something in the capture was not allowed; the stream is usable again.
+        """
+        graph = self._check("ending a CUDA graph", self._runtime.cudaStreamEndCapture(stream))
+        try:
+            return int(self._check("instantiating a CUDA graph", self._runtime.cudaGraphInstantiate(graph, 0)))
+        finally:
+            self._release("cudaGraphDestroy", int(graph))
+
+    def launch(self, executable: int, stream: int) -> None:
+        """Queues a graph: the recorded work, with the addresses of the recording."""
+        self._check("launching a CUDA graph", self._runtime.cudaGraphLaunch(executable, stream))
+
+    def destroy_graph(self, executable: int) -> None:
+        """Gives an executable graph back; 0 is ignored."""
+        self._release("cudaGraphExecDestroy", executable)
+
+
+def _load() -> ModuleType:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError:
+        raise BackendError(f"cuda-bindings is not installed; {INSTALL}") from None
+
+
+def _devices(runtime: ModuleType) -> list[Device]:
+    looking = "looking for a GPU"
+    try:
+        driver = _check(runtime, looking, runtime.cudaDriverGetVersion())
+        version = _check(runtime, looking, runtime.cudaRuntimeGetVersion())
+        counted = runtime.cudaGetDeviceCount()
+    except RuntimeError:
+        # cuda-bindings 12.8 raises where libcuda.so is missing; from 12.9 on the driver has version 0 then.
+        driver, version, counted = 0, 0, (None, 0)
+    code = _code(counted)
+    if driver == 0:
+        text = "no NVIDIA driver is installed; install one, then check it with nvidia-smi"
+        raise CudaError(looking, "cudaErrorInsufficientDriver", text)
+    if code == "cudaErrorInsufficientDriver":
+        has, needs = driver // 1000, version // 1000
+        text = (
+            f"the driver supports CUDA {_version(driver)}, cuda-bindings needs CUDA {needs}.0; "
+            f"update the driver, or pip install 'cuda-bindings=={has}.*'"
+        )
+        raise CudaError(looking, code, text)
+    if code == "cudaErrorNoDevice" or counted[1] == 0:
+        text = f"driver {_version(driver)} sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        raise CudaError(looking, "cudaErrorNoDevice", text)
+    found: list[Device] = []
+    for index in range(_check(runtime, looking, counted)):
+        about = _check(runtime, f"asking about GPU {index}", runtime.cudaGetDeviceProperties(index))
+        name = about.name.decode(errors="replace").rstrip("\0")
+        capability = f"{about.major}.{about.minor}"
+        found.append(Device(index, name, capability, about.totalGlobalMem, _version(driver), _version(version)))
+    return found
+
+
+def _check(runtime: ModuleType, attempt: str, result: tuple[Any, ...]) -> Any:
+    """The value, or values, of a call."""
+    error, *values = result
+    if error != runtime.cudaError_t.cudaSuccess:
+        text = runtime.cudaGetErrorString(error)[1]
+        raise CudaError(attempt, _code(result), text.decode() if isinstance(text, bytes) else str(text))
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _code(result: tuple[Any, ...]) -> str:
+    return getattr(result[0], "name", str(result[0]))
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

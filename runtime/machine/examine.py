@@ -1,0 +1,202 @@
+"""What this machine has: GPU, driver, engine libraries. Looks only: nothing here raises, and nothing runs on the GPU.
+
+Imports onnxruntime, OpenVINO and TensorRT (their import decides whether they are usable), never torch or onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shutil
+import subprocess
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+#: library -> the line that installs it
+INSTALL: Mapping[str, str] = {
+    "onnxruntime": "pip install 'gtr-deploy[cpu]'",
+    "onnxruntime-cuda": "pip install 'gtr-deploy[gpu]'",
+    "openvino": "pip install 'gtr-deploy[openvino]'",
+    "tensorrt": "pip install 'gtr-deploy[tensorrt]'",
+    "tensorrt-rtx": "pip install 'gtr-deploy[tensorrt-rtx]'",
+}
+
+#: library -> module and every distribution name it comes under. TensorRT's own name is a stub on PyPI that pulls in
+#: the others, and its parts can also be installed alone.
+_LIBRARIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "onnxruntime": ("onnxruntime", ("onnxruntime", "onnxruntime-gpu")),
+    "openvino": ("openvino", ("openvino",)),
+    "tensorrt": (
+        "tensorrt",
+        (
+            "tensorrt",
+            "tensorrt-cu13",
+            "tensorrt-cu12",
+            "tensorrt-cu13-bindings",
+            "tensorrt-cu12-bindings",
+            "tensorrt-bindings",
+        ),
+    ),
+    "tensorrt-rtx": (
+        "tensorrt_rtx",
+        (
+            "tensorrt-rtx",
+            "tensorrt-rtx-cu13",
+            "tensorrt-rtx-cu12",
+            "tensorrt-rtx-cu13-bindings",
+            "tensorrt-rtx-cu12-bindings",
+        ),
+    ),
+    "cuda-bindings": ("cuda.bindings.runtime", ("cuda-bindings",)),
+    "polygraphy": ("polygraphy", ("polygraphy",)),
+    "numpy": ("numpy", ("numpy",)),
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU.
+
+    Attributes:
+        compute_capability: such as ``9.0``.
+        memory: bytes.
+        driver: the newest CUDA version the driver runs; the driver's own version where only nvidia-smi could be asked.
+    """
+
+    name: str
+    compute_capability: str
+    memory: int
+    driver: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides whether a backend or an engine can run here.
+
+    Attributes:
+        system: such as ``linux-x86_64``.
+        gpu_problem: why there is no GPU, one line; empty if there is one.
+        versions: library to version; None where it cannot be used.
+        onnxruntime_providers: execution providers that onnxruntime was built with.
+        problems: library to one line, for those that are installed but do not import.
+        openvino_capabilities: what OpenVINO computes in on this CPU, such as ``FP32`` and ``BF16``.
+    """
+
+    system: str
+    gpu: Gpu | None
+    gpu_problem: str
+    versions: Mapping[str, str | None]
+    onnxruntime_providers: tuple[str, ...]
+    problems: Mapping[str, str] = field(default_factory=dict)
+    openvino_capabilities: tuple[str, ...] = ()
+
+
+def examine_machine() -> Machine:
+    """Looks at this machine; never raises."""
+    versions: dict[str, str | None] = {}
+    problems: dict[str, str] = {}
+    for library in _LIBRARIES:
+        versions[library], problem = _examine_library(library)
+        if problem:
+            problems[library] = problem
+    gpu, gpu_problem = _find_gpu(versions["cuda-bindings"] is not None)
+    providers = _onnxruntime_providers() if versions["onnxruntime"] else ()
+    system = f"{platform.system().lower()}-{platform.machine()}"
+    capabilities = _openvino_capabilities() if versions["openvino"] else ()
+    return Machine(system, gpu, gpu_problem, versions, providers, problems, capabilities)
+
+
+def library_version(flavour: str) -> str | None:
+    """Version of the TensorRT library that imports here, None if none does.
+
+    Args:
+        flavour: ``tensorrt`` or ``tensorrt-rtx``.
+    """
+    return _examine_library(flavour)[0]
+
+
+def _examine_library(library: str) -> tuple[str | None, str]:
+    """Version (None if the library cannot be used), and what is wrong with an installation that does not import."""
+    name, distributions = _LIBRARIES[library]
+    installed = next((found for found in map(_distribution_version, distributions) if found), None)
+    try:
+        module = _import_quietly(name)
+        # TensorRT's plans are bound to what is loaded, which may not be what the metadata says. A folder that an
+        # uninstalled package leaves behind imports, too, but has no version.
+        return (module.__version__ if library.startswith("tensorrt") else installed or module.__version__), ""
+    except Exception as error:  # a broken library fails in any way it likes: ImportError, OSError, RuntimeError
+        if installed is None:
+            return None, ""
+        return None, f"{library} {installed} is installed but does not import: {_first_line(error)}"
+
+
+def _import_quietly(name: str) -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name == "openvino":
+            from .openvino import import_openvino
+
+            return import_openvino()
+        return importlib.import_module(name)
+
+
+def _distribution_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _onnxruntime_providers() -> tuple[str, ...]:
+    try:
+        return tuple(_import_quietly("onnxruntime").get_available_providers())
+    except Exception:  # onnxruntime's own exceptions share no base class
+        return ()
+
+
+def _openvino_capabilities() -> tuple[str, ...]:
+    from .openvino import cpu_capabilities
+
+    try:
+        return cpu_capabilities(_import_quietly("openvino"))
+    except Exception:  # such as a processor that OpenVINO does not know
+        return ()
+
+
+def _find_gpu(has_cuda_bindings: bool) -> tuple[Gpu | None, str]:
+    """The first GPU, or None and why."""
+    from .cuda import list_devices
+
+    try:
+        devices = list_devices()
+    except Exception as error:  # mostly a BackendError; but a look must not fail, however strange the driver
+        if has_cuda_bindings:
+            # The driver itself has spoken; nvidia-smi would name a GPU that CUDA cannot use.
+            return None, getattr(error, "text", _first_line(error))
+        gpu = _ask_nvidia_smi()
+        return gpu, "" if gpu else f"nvidia-smi finds no GPU; {_first_line(error)}"
+    if not devices:
+        return None, "the driver shows no GPU"
+    first = devices[0]
+    return Gpu(first.name, first.compute_capability, first.memory, first.driver), ""
+
+
+def _ask_nvidia_smi() -> Gpu | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = ["--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run([program, *query], capture_output=True, text=True, timeout=20, check=True)
+        name, capability, memory, driver = (part.strip() for part in done.stdout.splitlines()[0].rsplit(",", 3))
+        amount, unit = memory.split()
+        return Gpu(name, capability, int(amount) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit], driver)
+    except (OSError, subprocess.SubprocessError, IndexError, KeyError, ValueError):
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,237 @@
+"""The contract of every graph: names, dtypes, axes and tolerances, declared once.
+
+Export, verification, bundles, engine profiles and backends all read these. An axis is a number where it is fixed by the
+model, and a letter where it is symbolic:
+
+    B images, G guidance branches (2 with guidance, else 1), V known tokens, P tokens to predict, R other unknown
+    tokens, N rows of the diffusion head, K tokens per image with the longer chain, M = B K of them in all, S reverse
+    steps. V and R may be 0, all others are at least 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..sampling.diffusion import COEFFICIENTS
+from .architecture import Architecture
+
+Axis = int | str
+
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
+
+QUANTISED: tuple[str, ...] = ("int8", "fp8")
+"""Precisions that are made from float32 graphs by calibration; no torch module computes in them."""
+
+OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20, "fp8": 20}
+"""ONNX opset of each precision's graphs; bfloat16 kernels and types are complete from 22 on."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, NumPy dtype name and axes of one input or output."""
+
+    name: str
+    dtype: str
+    axes: tuple[Axis, ...]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The axes with letters replaced by ``sizes``."""
+        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.axes)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"name": self.name, "dtype": self.dtype, "axes": list(self.axes)}
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One kind of graph.
+
+    Attributes:
+        kind: one of ``NETWORKS`` or ``ROW_GRAPHS``; also the file's stem.
+        tolerances: largest relative error (norm of the difference over norm) against the torch reference of the *same*
+            precision that counts as parity.
+        against_fp32: the same against the fp32 reference: what the precision itself may cost.
+        smallest, usual, largest: axis sizes that verification calls the graph with: the least that is allowed, a
+            typical call, and the most work that a plan can ask for at the largest batch.
+    """
+
+    kind: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    tolerances: Mapping[str, float]
+    against_fp32: Mapping[str, float]
+    smallest: Mapping[str, int]
+    usual: Mapping[str, int]
+    largest: Mapping[str, int]
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The letters that occur, in order of appearance."""
+        found = [axis for tensor in (*self.inputs, *self.outputs) for axis in tensor.axes if isinstance(axis, str)]
+        return tuple(dict.fromkeys(found))
+
+    def to_json(self) -> dict[str, Any]:
+        """The part of the contract that a manifest repeats."""
+        return {
+            "inputs": [tensor.to_json() for tensor in self.inputs],
+            "outputs": [tensor.to_json() for tensor in self.outputs],
+        }
+
+
+NETWORKS = ("backbone", "diffusion_step", "detail_score", "decoder")
+"""What every backend runs."""
+
+ROW_GRAPHS = ("select_rows", "gather_rows", "merge_rows")
+"""Selection and row bookkeeping of the reconstruction stage, for backends that keep whole generations on a device;
+others do the same in NumPy (selection.py, sampler.py)."""
+
+IMAGE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2, "int8": 8e-2, "fp8": 0.16}
+"""Whole generations: relative error of the latents against the torch reference, of the same precision and of fp32. Half
+precision errors are multiplied along the reverse chains, so that two correct implementations of one half-precision
+network differ about as much as each differs from fp32. Of quantised ones three to four times what mar-digits measures
+(docs/quantization.md); a useless calibration is at 0.8 and more."""
+
+
+def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, GraphSpec]:
+    """The graphs of a MAR model, by kind: the networks in the order they run, then the row graphs."""
+    channels, width, total = architecture.token_channels, architecture.width, architecture.tokens
+    height, breadth = architecture.image_size
+    rows = max_batch * total
+    some = max(1, total // 8)
+    known = min(3 * some, total - some)
+
+    backbone = GraphSpec(
+        "backbone",
+        (
+            _real("tokens", "B", "V", channels),
+            _index("visible", "B", "V"),
+            _index("predict", "B", "P"),
+            _index("context", "B", "R"),
+            _index("labels", "G", "B"),
+        ),
+        (_real("z", "G", "B", "P", width),),
+        tolerances={"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.04, "fp8": 0.08},
+        against_fp32={"fp32": 2e-5, "fp16": 1e-2, "bf16": 8e-2, "int8": 0.04, "fp8": 0.08},
+        smallest={"G": 1, "B": 1, "V": 0, "P": 1, "R": 0},
+        usual={"G": 2, "B": 2, "V": known, "P": some, "R": total - known - some},
+        largest={"G": 2, "B": max_batch, "V": total // 2, "P": total - total // 2, "R": 0},
+    )
+    step = GraphSpec(
+        "diffusion_step",
+        (
+            _real("x", "N", channels),
+            _real("z", "G", "N", width),
+            _index("timestep", "N"),
+            _real("coefficients", "N", len(COEFFICIENTS)),
+            _real("guidance", "N"),
+            _real("noise", "N", channels),
+        ),
+        (_real("x_next", "N", channels),),
+        tolerances={"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.08, "fp8": 0.12},
+        against_fp32={"fp32": 1e-5, "fp16": 1e-2, "bf16": 8e-2, "int8": 0.08, "fp8": 0.12},
+        smallest={"G": 1, "N": 1},
+        usual={"G": 2, "N": 2 * some},
+        largest={"G": 2, "N": rows},
+    )
+    detail = GraphSpec(
+        "detail_score",
+        (_real("z", "B", "P", width),),
+        (_real("score", "B", "P"), _real("norm", "B", "P")),
+        tolerances=dict.fromkeys(PRECISIONS, 1e-5),
+        against_fp32=dict.fromkeys(PRECISIONS, 1e-5),
+        smallest={"B": 1, "P": 1},
+        usual={"B": 2, "P": some},
+        largest={"B": max_batch, "P": total - total // 2},
+    )
+    decoder = GraphSpec(
+        "decoder",
+        (_real("latents", "B", total, channels),),
+        (TensorSpec("image", "uint8", ("B", height, breadth, 3)),),
+        # Quantised bundles have the decoder in fp16 for GPUs.
+        tolerances={"fp32": 4e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-2, "fp8": 1e-2},
+        against_fp32={"fp32": 4e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-2, "fp8": 1e-2},
+        smallest={"B": 1},
+        usual={"B": 1},
+        largest={"B": max_batch},
+    )
+    return {spec.kind: spec for spec in (backbone, step, detail, decoder, *_row_graphs(architecture, max_batch))}
+
+
+def _row_graphs(architecture: Architecture, max_batch: int) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
+    """They move numbers and compute none, so their tolerance is 0."""
+    channels, width, last = architecture.token_channels, architecture.width, architecture.tokens // 2
+    table = len(COEFFICIENTS)
+    exact = {"tolerances": dict.fromkeys(PRECISIONS, 0.0), "against_fp32": dict.fromkeys(PRECISIONS, 0.0)}
+    some = max(1, last // 10)
+    rows, longer = max_batch * last, max_batch * some
+    select = GraphSpec(
+        "select_rows",
+        (
+            _real("key", "B", "P"),
+            _real("direction", 1),
+            _index("positions", "B", "P"),
+            _index("row_index", "B", "P"),
+            _index("ranks", "B", "K"),
+        ),
+        (_index("rows", "B", "K"),),
+        **exact,
+        smallest={"B": 1, "P": 1, "K": 1},
+        usual={"B": 2, "P": last, "K": some},
+        largest={"B": max_batch, "P": last, "K": last},
+    )
+    gather = GraphSpec(
+        "gather_rows",
+        (
+            _real("z", "G", "N", width),
+            _real("x", "N", channels),
+            _real("noise", "S", "N", channels),
+            _index("rows", "M"),
+        ),
+        (
+            _real("z_rows", "G", "M", width),
+            _real("x_rows", "M", channels),
+            _real("noise_rows", "S", "M", channels),
+        ),
+        **exact,
+        smallest={"G": 1, "N": 1, "S": 1, "M": 1},
+        usual={"G": 2, "N": last, "S": 30, "M": some},
+        largest={"G": 2, "N": rows, "S": 30, "M": longer},
+    )
+    merge = GraphSpec(
+        "merge_rows",
+        (
+            _real("x", "N", channels),
+            _real("x_rows", "M", channels),
+            _index("rows", "M"),
+            _index("row_index", "N"),
+            _index("slot_index", "M"),
+            _real("noise_short", "S", "N", channels),
+            _real("noise_long", "S", "N", channels),
+            _index("timestep_short", "S"),
+            _index("timestep_long", "S"),
+            _real("coefficients_short", "S", table),
+            _real("coefficients_long", "S", table),
+        ),
+        (
+            _real("x_merged", "N", channels),
+            _real("noise", "S", "N", channels),
+            _index("timestep", "S", "N"),
+            _real("coefficients", "S", "N", table),
+        ),
+        **exact,
+        smallest={"N": 1, "M": 1, "S": 1},
+        usual={"N": last, "M": some, "S": 20},
+        largest={"N": rows, "M": longer, "S": 20},
+    )
+    return select, gather, merge
+
+
+def _real(name: str, *axes: Axis) -> TensorSpec:
+    return TensorSpec(name, "float32", axes)
+
+
+def _index(name: str, *axes: Axis) -> TensorSpec:
+    return TensorSpec(name, "int64", axes)

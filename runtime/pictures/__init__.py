@@ -1,0 +1,1 @@
+"""What people look at: PNG files, contact sheets, traces."""

@@ -1,0 +1,397 @@
+"""What people look at: PNG files that remember their settings, contact sheets, and the animated trace of a generation.
+
+Knows pixels, captions and what an observer of the sampler sees. Does not know engines: the trace is handed a function
+that turns latents into pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from ..errors import GtrError, UsageError
+from ..files import atomic_path
+from ..models.architecture import Architecture
+from ..sampling.loop import StepResult
+from ..sampling.plan import ARStep, SamplingPlan
+from .drawing import (
+    BACKGROUND,
+    GAP,
+    MARGIN,
+    TEXT,
+    Colour,
+    Grid,
+    Pixels,
+    enlarge,
+    faded,
+    indexed_by,
+    load_font,
+    one_line,
+    shared_palette,
+    write_line,
+)
+
+Decode = Callable[[NDArray[np.float32]], Pixels]
+"""Latents float32 [n, L, C] to pixels uint8 [n, H, W, 3]."""
+
+SETTINGS_KEY = "gtr-deploy"
+"""The PNG text chunk that holds the settings as JSON."""
+
+#: Outlines of the tokens made in stage 1, 2, ...; with the accent of refined tokens they are the colours of Okabe and
+#: Ito, which people of any colour vision can tell apart. More stages start over.
+STAGE_COLOURS: tuple[Colour, ...] = ((0, 114, 178), (0, 158, 115), (240, 228, 66), (204, 121, 167), (86, 180, 233))
+REFINED_COLOUR: Colour = (213, 94, 0)
+UNKNOWN_GREYS = (138, 149)
+"""The two greys of the checker pattern over tokens that are not made yet."""
+
+_MARK_COLOURS = (REFINED_COLOUR, *((grey, grey, grey) for grey in UNKNOWN_GREYS), *STAGE_COLOURS)
+_SHEET_CELL = 96
+_TRACE_CELL = 160
+_TRACE_COLUMNS = 4
+_LEGEND_GAP = 34
+_HEADER_FONT = 14
+_HEADER_HEIGHT = 66
+
+
+def save_png(path: Path, image: Pixels, settings: Mapping[str, Any]) -> None:
+    """Writes a PNG whose text chunk :data:`SETTINGS_KEY` says how it was made; the old file stays if that fails.
+
+    Args:
+        path: the file to write or replace.
+        image: uint8 [H, W, 3].
+        settings: anything JSON can hold, also NumPy numbers and arrays, and paths.
+
+    Raises:
+        GtrError: the file cannot be written.
+        ValueError: the image is not uint8 [H, W, 3], or a setting is not finite.
+        TypeError: a setting is of a type that JSON has no place for.
+    """
+    _check_pixels(image[None])
+    text = json.dumps(dict(settings), default=_plain, allow_nan=False)
+    metadata = PngInfo()
+    metadata.add_text(SETTINGS_KEY, text)
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    _write(path, lambda file: picture.save(file, format="PNG", pnginfo=metadata))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that :func:`save_png` wrote.
+
+    Raises:
+        GtrError: the file cannot be read, is not a PNG, or holds no settings; one line.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            text = picture.info.get(SETTINGS_KEY)
+            if text is None:
+                # Other programs move text behind the pixels, where it is seen only once these are read.
+                picture.load()
+                text = picture.info.get(SETTINGS_KEY)
+    except Image.UnidentifiedImageError:
+        raise GtrError(f"{path} is not a PNG file") from None
+    except OSError as error:
+        raise GtrError(f"cannot read {path}: {error.strerror or error}") from None
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise GtrError(f"{path} is a damaged PNG file: {error}") from None
+    if text is None:
+        raise GtrError(f'{path} holds no settings (text chunk "{SETTINGS_KEY}"); was it written by another program?')
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GtrError(f"{path}: the settings in it are not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise GtrError(f"{path}: the settings in it are not a JSON object")
+    return settings
+
+
+def contact_sheet(images: Pixels, captions: Sequence[str], columns: int, title: str | None = None) -> Image.Image:
+    """A labelled grid of images; small ones are enlarged by a whole factor, so that pixels stay square and sharp.
+
+    Args:
+        images: uint8 [N, H, W, 3], N at least 1.
+        captions: N lines, each cut to the width of its cell.
+        columns: cells of a row; fewer where N is smaller.
+        title: a line above the grid.
+
+    Raises:
+        UsageError: ``columns`` is not positive.
+        ValueError: the images are not uint8 [N, H, W, 3], or there is not one caption for each.
+    """
+    _check_pixels(images)
+    _check_captions(captions, len(images))
+    if columns < 1:
+        raise UsageError(f"columns must be at least 1, not {columns}")
+    factor = math.ceil(_SHEET_CELL / min(images.shape[1:3]))
+    grid = Grid.of(images, captions, min(columns, len(images)), factor)
+    heading = load_font(grid.font_size + 4)
+    top = MARGIN
+    width = grid.width
+    if title:
+        top += round(heading.size) + 14
+        # A sheet of one narrow column grows a little for its title.
+        width = max(width, min(math.ceil(heading.getlength(one_line(title))), 480))
+    canvas = Image.new("RGB", (width + 2 * MARGIN, top + grid.height + MARGIN), BACKGROUND)
+    if title:
+        write_line(canvas, (MARGIN, MARGIN - 2), title, heading, width)
+    grid.draw(canvas, (MARGIN, top), [enlarge(image, factor) for image in images], captions)
+    return canvas
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """One AR step of one batch: positions [B, P], refined [B, P], the tokens made [B, P, C]."""
+
+    step: ARStep
+    predicted: NDArray[np.int64]
+    refined: NDArray[np.bool_]
+    tokens: NDArray[np.float32]
+
+
+class TraceRecorder:
+    """An observer of :func:`sampler.sample` that keeps one batch's AR steps and draws them.
+
+    A token never changes once it is made, so a step keeps copies of its own tokens only, and the whole recording is as
+    large as the batch's latents.
+    """
+
+    def __init__(self, architecture: Architecture, plan: SamplingPlan) -> None:
+        self._architecture = architecture
+        self._plan = plan
+        self._steps: list[_Recorded] = []
+
+    def __call__(self, result: StepResult) -> None:
+        """Copies what the step made.
+
+        Raises:
+            ValueError: the step is not the plan's next one; every batch needs a recorder of its own.
+        """
+        index = len(self._steps)
+        if index == len(self._plan.steps) or result.step != self._plan.steps[index]:
+            raise ValueError(
+                f"AR step {result.step.index + 1} does not follow {index} recorded: one recorder per batch"
+            )
+        tokens = np.take_along_axis(result.latents, result.predicted[:, :, None], axis=1)
+        self._steps.append(_Recorded(result.step, result.predicted.copy(), result.refined.copy(), tokens))
+
+    def render(self, decode: Decode, captions: Sequence[str] | None = None, limit: int = 8) -> list[Image.Image]:
+        """One frame per AR step and a last one of the finished images without marks, all of one size.
+
+        Args:
+            decode: called with at most ``limit`` images, once per AR step.
+            captions: one line per image of the batch.
+            limit: images drawn, the first of the batch.
+
+        Raises:
+            ValueError: the recording is not complete, or captions or pixels do not fit it.
+        """
+        final, *others = self._frames(decode, captions, limit)
+        return [*others, final]
+
+    def save(self, path: Path, decode: Decode, captions: Sequence[str] | None = None, limit: int = 8) -> None:
+        """Writes the frames of :meth:`render` as an animated GIF that loops; the old file stays if that fails.
+
+        Raises:
+            GtrError: the file cannot be written.
+            ValueError: see :meth:`render`.
+        """
+        frames = self._frames(decode, captions, limit)
+        final = next(frames)
+        # One palette for all frames, from the finished images: nothing flickers, and frames are held at a byte a pixel.
+        palette = shared_palette(final, _MARK_COLOURS)
+        indexed = [indexed_by(palette, frame) for frame in frames]
+        # GIF counts hundredths of a second; short plans go slower, so that they can be followed.
+        duration = max(120, min(400, 4000 // len(indexed))) // 10 * 10
+        durations = [duration] * len(indexed) + [1500]
+
+        def write(file: Path) -> None:
+            rest = [*indexed[1:], indexed_by(palette, final)]
+            indexed[0].save(
+                file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=False
+            )
+
+        _write(path, write)
+
+    def _frames(self, decode: Decode, captions: Sequence[str] | None, limit: int) -> Iterator[Image.Image]:
+        """The finished frame first, because the palette comes from it, then the AR steps."""
+        total = len(self._plan.steps)
+        if len(self._steps) != total:
+            raise ValueError(f"{len(self._steps)} of {total} AR steps are recorded; sample a whole batch first")
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit}")
+        batch = len(self._steps[0].predicted)
+        if captions is not None:
+            _check_captions(captions, batch)
+            captions = captions[:limit]
+        shown = min(batch, limit)
+        architecture = self._architecture
+        latents = np.zeros((shown, architecture.tokens, architecture.token_channels), dtype=np.float32)
+        known = np.zeros((shown, architecture.tokens), dtype=bool)
+        for recorded in self._steps:
+            _put(latents, recorded.predicted[:shown], recorded.tokens[:shown])
+        finished = self._decoded(decode, latents)
+        layout = _TraceLayout.of(architecture, self._plan, finished, captions or [])
+        yield layout.frame(None, [enlarge(image, layout.factor) for image in finished], captions or [])
+
+        latents[:] = 0
+        for recorded in self._steps:
+            predicted, refined = recorded.predicted[:shown], recorded.refined[:shown]
+            _put(latents, predicted, recorded.tokens[:shown])
+            np.put_along_axis(known, predicted, True, axis=1)
+            last = recorded.step.index == total - 1
+            images = finished if last else self._decoded(decode, latents)
+            cells = [
+                layout.marked(recorded.step, image, *marks)
+                for image, *marks in zip(images, known, predicted, refined, strict=True)
+            ]
+            yield layout.frame(recorded.step, cells, captions or [])
+
+    def _decoded(self, decode: Decode, latents: NDArray[np.float32]) -> Pixels:
+        # A copy, because the recording goes on in the same array.
+        images = decode(latents.copy())
+        _check_pixels(images)
+        expected = (len(latents), *self._architecture.image_size, 3)
+        if images.shape != expected:
+            raise ValueError(f"decoded images are {list(images.shape)}, not {list(expected)}")
+        return images
+
+
+def _put(latents: NDArray[np.float32], positions: NDArray[np.int64], tokens: NDArray[np.float32]) -> None:
+    np.put_along_axis(latents, positions[:, :, None], tokens, axis=1)
+
+
+@dataclass(frozen=True)
+class _TraceLayout:
+    """Where everything of a trace's frames goes: a line of text, the progress bar with its legend, the cells."""
+
+    architecture: Architecture
+    plan: SamplingPlan
+    factor: int
+    grid: Grid
+    width: int
+
+    @classmethod
+    def of(
+        cls, architecture: Architecture, plan: SamplingPlan, images: Pixels, captions: Sequence[str]
+    ) -> _TraceLayout:
+        font = load_font(_HEADER_FONT)
+        header = math.ceil(max(font.getlength(one_line(_progress(plan, step))) for step in (None, *plan.steps)))
+        header = max(header, math.ceil(sum(font.getlength(name) + _LEGEND_GAP for name, _ in _legend(plan))))
+        columns = len(images) if len(images) <= _TRACE_COLUMNS else min(_TRACE_COLUMNS, -(-len(images) // 2))
+        image = min(images.shape[1:3])
+        # A few small images are enlarged further, as far as the line above them is wide anyway.
+        room = (header + GAP) // columns - GAP
+        factor = max(math.ceil(_TRACE_CELL / image), room // images.shape[2])
+        grid = Grid.of(images, captions, columns, factor)
+        return cls(architecture, plan, factor, grid, max(header, grid.width))
+
+    def frame(self, step: ARStep | None, cells: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+        """A whole frame; no step stands for the finished images."""
+        font = load_font(_HEADER_FONT)
+        top = MARGIN + _HEADER_HEIGHT
+        canvas = Image.new("RGB", (self.width + 2 * MARGIN, top + self.grid.height + MARGIN), BACKGROUND)
+        write_line(canvas, (MARGIN, MARGIN - 3), _progress(self.plan, step), font, self.width)
+        pen = ImageDraw.Draw(canvas)
+        bar_top, bar_bottom = MARGIN + 21, MARGIN + 28
+        known = self.architecture.tokens if step is None else step.known + step.predicted
+        for entry in self.plan.steps:
+            colour = STAGE_COLOURS[entry.stage % len(STAGE_COLOURS)]
+            left, right = (
+                MARGIN + count * self.width // self.architecture.tokens
+                for count in (entry.known, entry.known + entry.predicted)
+            )
+            done = entry.known < known
+            pen.rectangle((left, bar_top, right - 1, bar_bottom), fill=colour if done else faded(colour))
+        x, y = float(MARGIN), MARGIN + 36
+        for name, colour in _legend(self.plan):
+            pen.rectangle((x, y + 3, x + 9, y + 12), outline=colour, width=3)
+            pen.text((x + 15, y), name, fill=TEXT, font=font)
+            x += font.getlength(name) + _LEGEND_GAP
+        self.grid.draw(canvas, (MARGIN + (self.width - self.grid.width) // 2, top), cells, captions)
+        return canvas
+
+    def marked(
+        self,
+        step: ARStep,
+        image: Pixels,
+        known: NDArray[np.bool_],
+        predicted: NDArray[np.int64],
+        refined: NDArray[np.bool_],
+    ) -> Image.Image:
+        """One image [H, W, 3] of an AR step: unknown tokens [L] in grey, tokens made now [P] in an outline."""
+        rows, columns = self.architecture.grid
+        pixels = np.asarray(enlarge(image, self.factor))
+        height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
+        square = max(2, width // 4)
+        y, x = np.indices(pixels.shape[:2]) // square
+        grey = np.where((y + x) % 2, *UNKNOWN_GREYS).astype(np.uint8)
+        hidden = np.repeat(np.repeat(~known.reshape(rows, columns), height, axis=0), width, axis=1)
+        cell = Image.fromarray(np.where(hidden[:, :, None], grey[:, :, None], pixels))
+        pen = ImageDraw.Draw(cell)
+        thickness = max(2, width // 10)
+        for position, extra in zip(predicted.tolist(), refined.tolist(), strict=True):
+            row, column = divmod(position, columns)
+            pen.rectangle(
+                (column * width, row * height, (column + 1) * width - 1, (row + 1) * height - 1),
+                outline=REFINED_COLOUR if extra else STAGE_COLOURS[step.stage % len(STAGE_COLOURS)],
+                width=thickness + extra,
+            )
+        return cell
+
+
+def _progress(plan: SamplingPlan, step: ARStep | None) -> str:
+    """The line above the images."""
+    name, total, stages = plan.settings.name, len(plan.steps), len(plan.settings.stage_steps)
+    tokens = plan.steps[-1].known + plan.steps[-1].predicted
+    if step is None:
+        return f"{name} · finished · {tokens} tokens in {total} AR steps"
+    if step.refined == step.predicted:
+        diffusion = f"{step.refined_diffusion_steps} diffusion steps"
+    elif step.refined:
+        diffusion = f"{step.diffusion_steps} diffusion steps ({step.refined_diffusion_steps} refined)"
+    else:
+        diffusion = f"{step.diffusion_steps} diffusion steps"
+    position = f"AR step {step.index + 1}/{total} · stage {step.stage + 1}/{stages}"
+    return f"{name} · {position} · {step.known + step.predicted}/{tokens} tokens · {diffusion}"
+
+
+def _legend(plan: SamplingPlan) -> list[tuple[str, Colour]]:
+    stages = range(len(plan.settings.stage_steps))
+    entries = [(f"stage {stage + 1}", STAGE_COLOURS[stage % len(STAGE_COLOURS)]) for stage in stages]
+    if any(step.refined for step in plan.steps):
+        entries.append(("refined", REFINED_COLOUR))
+    return entries
+
+
+def _check_pixels(images: Pixels) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise ValueError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
+
+
+def _check_captions(captions: Sequence[str], count: int) -> None:
+    if len(captions) != count:
+        raise ValueError(f"{len(captions)} captions for {count} images")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"settings cannot hold a {type(value).__name__}")
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    try:
+        with atomic_path(path) as temporary:
+            save(temporary)
+    except OSError as error:
+        raise GtrError(f"cannot write {path}: {error.strerror or error}") from None

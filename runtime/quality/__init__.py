@@ -1,0 +1,1 @@
+"""What pictures are worth, in numbers with intervals."""

@@ -1,0 +1,1 @@
+"""What a generation does: plans, orders, selection, diffusion, noise, shapes and the loop."""

@@ -1,0 +1,321 @@
+"""What a generation does, fixed before it runs: settings, presets, and the list of AR steps they resolve to.
+
+A plan knows the model's sizes and nothing else; seeds, weights and engines come later (sampler.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..errors import PlanError
+from ..models.architecture import Architecture
+from ..models.flops import backbone_flops, head_flops
+from .diffusion import TRAINING_STEPS, kept_timesteps
+from .orders import ORDERS, PARITIES, stage_sets
+from .selection import FTS_RULES, refined_count
+
+TOKEN_SCHEDULES = ("uniform", "cosine")
+CFG_SCHEDULES = ("linear", "constant")
+CONTEXTS = ("full", "compact")
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Everything that can be chosen about a generation.
+
+    Attributes:
+        name: preset that these settings come from, for people; changes nothing.
+        stage_steps: AR steps per stage; their number is K [paper].
+        order: ``gtr`` (checkerboard stages), ``random``, ``raster`` or ``halton``; the last three use the same stage
+            sizes, filled in their own order [ours].
+        parity: colour of the board that the last stage holds; ``odd`` [paper], ``even`` swaps.
+        token_schedule: tokens per AR step of a stage: ``uniform`` by cumulative rounding [ours] or MAR's ``cosine``.
+        generation_diffusion: diffusion steps at the first and the last AR step of the generation stages, falling
+            linearly [paper; per AR step: ours]. With a single stage all of it counts as generation.
+        reconstruction_diffusion: diffusion steps in the last stage [paper: 20].
+        max_timestep: largest kept diffusion timestep; 999 is MAR's own respacing, 950 DiSA's cap.
+        fts: which tokens of the last stage are refined; see ``selection.FTS_RULES``.
+        fts_fraction: share of tokens refined [paper: 0.1].
+        fts_diffusion: diffusion steps of a refined token [paper: 50].
+        cfg: guidance scale; 1 switches guidance off.
+        cfg_schedule: ``linear`` grows with the share of known tokens (MAR), ``constant`` does not.
+        temperature: scales the noise of the reverse steps.
+        context: ``full``: the decoder sees a mask token for every unknown position (the literal paper); ``compact``:
+            those of later stages are left out [ours, one reading of the paper's FLOPs].
+    """
+
+    name: str
+    stage_steps: tuple[int, ...]
+    order: str = "gtr"
+    parity: str = "odd"
+    token_schedule: str = "uniform"
+    generation_diffusion: tuple[int, int] = (50, 20)
+    reconstruction_diffusion: int = 20
+    max_timestep: int = TRAINING_STEPS - 1
+    fts: str = "fts"
+    fts_fraction: float = 0.1
+    fts_diffusion: int = 50
+    cfg: float = 1.0
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
+    context: str = "full"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, tuples as lists."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PlanSettings:
+        """The settings that :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: unknown fields, or missing ones without a default.
+        """
+        unknown = set(value) - {field.name for field in fields(cls)}
+        if unknown or not {"name", "stage_steps"} <= set(value):
+            raise PlanError(f"plan settings have unknown or missing fields: {sorted(unknown) or 'name, stage_steps'}")
+        settings: dict[str, Any] = {k: tuple(item) if isinstance(item, list) else item for k, item in value.items()}
+        return cls(**settings)
+
+
+MODEL_DEFAULTS = ("cfg", "cfg_schedule", "max_timestep", "temperature")
+"""Settings for which a model can have defaults of its own."""
+
+_BASELINE: dict[str, Any] = {"token_schedule": "cosine", "generation_diffusion": (100, 100), "fts": "none"}
+#: mar, mar-256: as MAR published them; gtr [paper]; gtr-compact, gtr-fast, halton's step counts [ours]; disa: DiSA.
+PRESETS: dict[str, PlanSettings] = {
+    settings.name: settings
+    for settings in (
+        PlanSettings("mar", (64,), order="random", **_BASELINE),
+        PlanSettings("mar-256", (256,), order="random", **_BASELINE),
+        PlanSettings("gtr", (24, 6, 2)),
+        PlanSettings("gtr-compact", (24, 6, 2), context="compact"),
+        PlanSettings("gtr-fast", (12, 3, 1)),
+        replace(
+            PlanSettings("disa", (64,), order="random", **_BASELINE), generation_diffusion=(50, 5), max_timestep=950
+        ),
+        PlanSettings("halton", (16,), order="halton", **_BASELINE),
+    )
+}
+
+
+@dataclass(frozen=True)
+class ARStep:
+    """One autoregressive step; every shape of it follows from these numbers and the batch size.
+
+    Attributes:
+        index: 0-based.
+        stage: 0-based.
+        known: V, tokens known before the step.
+        predicted: P, tokens predicted now.
+        context: R, other unknown tokens that the decoder sees.
+        diffusion_steps: reverse steps of a token that is not refined.
+        refined: tokens per image that get ``refined_diffusion_steps`` instead (FTS).
+        refined_diffusion_steps: 0 where nothing is refined.
+        guidance: scale of this step; 1 means one branch only.
+        branches: G, 2 with guidance, 1 without.
+        flops: per image, without the VAE decoder.
+    """
+
+    index: int
+    stage: int
+    known: int
+    predicted: int
+    context: int
+    diffusion_steps: int
+    refined: int
+    refined_diffusion_steps: int
+    guidance: float
+    branches: int
+    backbone_flops: int
+    head_flops: int
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the step per image."""
+        return self.backbone_flops + self.head_flops
+
+    @property
+    def head_calls(self) -> int:
+        """Sequential diffusion step calls: refined and plain tokens end together, so the longer chain counts."""
+        return max(self.diffusion_steps if self.refined < self.predicted else 0, self.refined_diffusion_steps)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Settings resolved for one model: the list of AR steps."""
+
+    settings: PlanSettings
+    steps: tuple[ARStep, ...]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs per image, without the VAE decoder."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def head_calls(self) -> int:
+        """Sequential diffusion step calls of one batch."""
+        return sum(step.head_calls for step in self.steps)
+
+
+def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | None = None) -> PlanSettings:
+    """A preset fitted to a model: AR steps cut to the tokens a stage has, then the model's own defaults.
+
+    Args:
+        name: a key of :data:`PRESETS`.
+        architecture: the model.
+        defaults: settings of the model, for example its published ``cfg``; a ``max_timestep`` only ever lowers the
+            preset's.
+
+    Raises:
+        PlanError: unknown preset, or no such stages on this grid.
+    """
+    if name not in PRESETS:
+        raise PlanError(f"plan {name!r} is not one of {', '.join(PRESETS)}")
+    settings = PRESETS[name]
+    sets = stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)
+    steps = tuple(min(wanted, len(members)) for wanted, members in zip(settings.stage_steps, sets, strict=True))
+    values = dict(defaults or {})
+    if unknown := sorted(set(values) - set(MODEL_DEFAULTS)):
+        raise PlanError(f"a model cannot have defaults for {', '.join(unknown)}, only for {', '.join(MODEL_DEFAULTS)}")
+    if "max_timestep" in values:
+        values["max_timestep"] = min(values["max_timestep"], settings.max_timestep)
+    return replace(settings, stage_steps=steps, **values)
+
+
+def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
+    """The AR steps of ``settings`` on ``architecture``.
+
+    Raises:
+        PlanError: a setting is out of range or does not fit the model; one line that names it.
+    """
+    _check(settings)
+    sizes = [len(members) for members in stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)]
+    counts = [
+        _stage_counts(index, size, wanted, settings.token_schedule)
+        for index, (size, wanted) in enumerate(zip(sizes, settings.stage_steps, strict=True))
+    ]
+    last_stage = len(sizes) - 1
+    generation_steps = sum(settings.stage_steps[:-1]) if last_stage else settings.stage_steps[0]
+    steps: list[ARStep] = []
+    known, stage_end = 0, 0
+    for stage, stage_counts in enumerate(counts):
+        stage_end += sizes[stage]
+        for predicted in stage_counts:
+            reconstructing = stage == last_stage > 0
+            if reconstructing:
+                diffusion = settings.reconstruction_diffusion
+                refined = refined_count(settings.fts, settings.fts_fraction, predicted)
+            else:
+                diffusion, refined = _generation_diffusion(settings, len(steps), generation_steps), 0
+            after = known + predicted
+            guidance = settings.cfg
+            if settings.cfg_schedule == "linear":
+                guided = after
+                if settings.token_schedule == "cosine":
+                    # models/mar.py clamps the masked count to at least 1 before it takes the scale, so that the very
+                    # last step's scale stays one token short of cfg.
+                    guided = min(after, architecture.tokens - 1)
+                guidance = 1.0 + (settings.cfg - 1.0) * guided / architecture.tokens
+            branches = 1 if settings.cfg == 1.0 else 2
+            seen_end = stage_end if settings.context == "compact" else architecture.tokens
+            context = seen_end - after
+            refined_steps = settings.fts_diffusion if refined else 0
+            chain = (predicted - refined) * diffusion + refined * refined_steps
+            steps.append(
+                ARStep(
+                    index=len(steps),
+                    stage=stage,
+                    known=known,
+                    predicted=predicted,
+                    context=context,
+                    diffusion_steps=diffusion,
+                    refined=refined,
+                    refined_diffusion_steps=refined_steps,
+                    guidance=guidance,
+                    branches=branches,
+                    backbone_flops=backbone_flops(architecture, known, predicted, context, branches),
+                    head_flops=chain * head_flops(architecture, branches),
+                )
+            )
+            known = after
+    return SamplingPlan(settings, tuple(steps))
+
+
+def _generation_diffusion(settings: PlanSettings, step: int, total: int) -> int:
+    """T_s = last + floor((first - last) * (G-1-s) / (G-1)) over G generation steps [paper; granularity: ours]."""
+    first, last = settings.generation_diffusion
+    if total == 1:
+        return first
+    return last + math.floor((first - last) * (total - 1 - step) / (total - 1))
+
+
+def _stage_counts(stage: int, size: int, steps: int, schedule: str) -> list[int]:
+    """Tokens per AR step of one stage, none of them zero, together ``size``."""
+    if not 1 <= steps <= size:
+        raise PlanError(f"stage {stage + 1} has {size} tokens: its AR steps must be in 1..{size}, not {steps}")
+    if schedule == "uniform":
+        return [size * (t + 1) // steps - size * t // steps for t in range(steps)]
+    counts: list[int] = []
+    masked = size
+    for t in range(steps):
+        # models/mar.py, sample_tokens: at least one token now, at least one left for later; the last step takes all.
+        left = math.floor(size * math.cos(math.pi / 2 * (t + 1) / steps))
+        left = max(steps - 1 - t, min(masked - 1, left)) if t < steps - 1 else 0
+        counts.append(masked - left)
+        masked = left
+    return counts
+
+
+def _check(settings: PlanSettings) -> None:
+    def one_of(label: str, value: str, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            raise PlanError(f"{label} {value!r} is not one of {', '.join(choices)}")
+
+    def whole(label: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise PlanError(f"{label} {value!r} is not a whole number")
+
+    def number(label: str, value: Any, low: float, high: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise PlanError(f"{label} {value!r} is not in {low:g}..{high:g}")
+
+    for label, numbers in (
+        ("stage steps", settings.stage_steps),
+        ("generation diffusion steps", settings.generation_diffusion),
+    ):
+        if not isinstance(numbers, tuple | list):
+            raise PlanError(f"{label} {numbers!r} is not a list of whole numbers")
+    if not settings.stage_steps:
+        raise PlanError("stage steps are empty: give AR steps per stage, for example 24,6,2")
+    for steps in settings.stage_steps:
+        whole("stage steps", steps)
+    one_of("order", settings.order, ORDERS)
+    one_of("parity", settings.parity, PARITIES)
+    one_of("token schedule", settings.token_schedule, TOKEN_SCHEDULES)
+    one_of("FTS rule", settings.fts, FTS_RULES)
+    one_of("cfg schedule", settings.cfg_schedule, CFG_SCHEDULES)
+    one_of("decoder context", settings.context, CONTEXTS)
+    whole("max timestep", settings.max_timestep)
+    if not 0 <= settings.max_timestep < TRAINING_STEPS:
+        raise PlanError(f"max timestep {settings.max_timestep} is not in 0..{TRAINING_STEPS - 1}")
+    if len(settings.generation_diffusion) != 2:
+        raise PlanError("generation diffusion steps are two numbers, first and last")
+    for label, count in (
+        ("generation diffusion steps", settings.generation_diffusion[0]),
+        ("generation diffusion steps", settings.generation_diffusion[1]),
+        ("reconstruction diffusion steps", settings.reconstruction_diffusion),
+        ("FTS diffusion steps", settings.fts_diffusion),
+    ):
+        whole(label, count)
+        try:
+            kept_timesteps(count, settings.max_timestep)
+        except PlanError as error:
+            raise PlanError(f"{label}: {error}") from None
+    number("FTS fraction", settings.fts_fraction, 0.0, 1.0)
+    number("cfg", settings.cfg, 0.0, 100.0)
+    number("temperature", settings.temperature, 0.0, 10.0)
