@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...runtime.models.architecture import Architecture
+from ...runtime.models.mar import MarArchitecture
 from .layers import Block, LayerNorm, Linear
 
 
 class Backbone(nn.Module):
     """MAR encoder and decoder. Attribute names are the checkpoint's keys."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: MarArchitecture) -> None:
         super().__init__()
         width, slots = architecture.width, architecture.buffer + architecture.tokens
         self.buffer = architecture.buffer

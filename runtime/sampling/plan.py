@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import PlanError
 from ..models.architecture import Architecture
-from ..models.flops import backbone_flops, head_flops
+from ..models.families import FAMILIES, family_of
+from ..models.family import Family
 from .diffusion import TRAINING_STEPS, kept_timesteps
 from .orders import ORDERS, PARITIES, stage_sets
 from .selection import FTS_RULES, refined_count
@@ -84,22 +85,19 @@ class PlanSettings:
 MODEL_DEFAULTS = ("cfg", "cfg_schedule", "max_timestep", "temperature")
 """Settings for which a model can have defaults of its own."""
 
-_BASELINE: dict[str, Any] = {"token_schedule": "cosine", "generation_diffusion": (100, 100), "fts": "none"}
-#: mar, mar-256: as MAR published them; gtr [paper]; gtr-compact, gtr-fast, halton's step counts [ours]; disa: DiSA.
-PRESETS: dict[str, PlanSettings] = {
-    settings.name: settings
-    for settings in (
-        PlanSettings("mar", (64,), order="random", **_BASELINE),
-        PlanSettings("mar-256", (256,), order="random", **_BASELINE),
-        PlanSettings("gtr", (24, 6, 2)),
-        PlanSettings("gtr-compact", (24, 6, 2), context="compact"),
-        PlanSettings("gtr-fast", (12, 3, 1)),
-        replace(
-            PlanSettings("disa", (64,), order="random", **_BASELINE), generation_diffusion=(50, 5), max_timestep=950
-        ),
-        PlanSettings("halton", (16,), order="halton", **_BASELINE),
-    )
-}
+
+def presets_of(family: Family) -> dict[str, PlanSettings]:
+    """The presets of a model family, by name."""
+    return {name: PlanSettings(name, **settings) for name, settings in family.presets.items()}
+
+
+def preset_names() -> tuple[str, ...]:
+    """Every name that is a preset of some family."""
+    return tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.presets))
+
+
+PRESETS: dict[str, PlanSettings] = presets_of(FAMILIES["mar"])
+"""The presets of class-conditional MAR; what differs between models comes with :func:`preset`."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | 
     """A preset fitted to a model: AR steps cut to the tokens a stage has, then the model's own defaults.
 
     Args:
-        name: a key of :data:`PRESETS`.
+        name: a preset of the model's family.
         architecture: the model.
         defaults: settings of the model, for example its published ``cfg``; a ``max_timestep`` only ever lowers the
             preset's.
@@ -174,9 +172,10 @@ def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | 
     Raises:
         PlanError: unknown preset, or no such stages on this grid.
     """
-    if name not in PRESETS:
-        raise PlanError(f"plan {name!r} is not one of {', '.join(PRESETS)}")
-    settings = PRESETS[name]
+    known = presets_of(family_of(architecture))
+    if name not in known:
+        raise PlanError(f"plan {name!r} is not one of {', '.join(known)}")
+    settings = known[name]
     sets = stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)
     steps = tuple(min(wanted, len(members)) for wanted, members in zip(settings.stage_steps, sets, strict=True))
     values = dict(defaults or {})
@@ -194,6 +193,7 @@ def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
         PlanError: a setting is out of range or does not fit the model; one line that names it.
     """
     _check(settings)
+    family = family_of(architecture)
     sizes = [len(members) for members in stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)]
     counts = [
         _stage_counts(index, size, wanted, settings.token_schedule)
@@ -238,8 +238,8 @@ def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
                     refined_diffusion_steps=refined_steps,
                     guidance=guidance,
                     branches=branches,
-                    backbone_flops=backbone_flops(architecture, known, predicted, context, branches),
-                    head_flops=chain * head_flops(architecture, branches),
+                    backbone_flops=family.backbone_flops(architecture, known, predicted, context, branches),
+                    head_flops=chain * family.head_flops(architecture, branches),
                 )
             )
             known = after
