@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..models.architecture import Architecture
-from ..models.families import known_models
+from ..models.families import family_of, known_models
 from ..sampling.plan import preset, resolve
 from .console import print_json, print_table
 from .plan_options import chosen_plan, plan_options
@@ -23,7 +23,8 @@ def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: boo
     """Print a plan as a table: what every AR step does and costs. BUNDLE may also be a model name such as mar-h."""
     architecture, defaults = _model_of(bundle)
     resolved = chosen_plan(plan, overrides, architecture, defaults)
-    baseline = resolve(preset("mar", architecture, {**defaults, "cfg": resolved.settings.cfg}), architecture)
+    original = next(iter(family_of(architecture).presets))
+    baseline = resolve(preset(original, architecture, {**defaults, "cfg": resolved.settings.cfg}), architecture)
     ratio = baseline.flops / resolved.flops
     if as_json:
         print_json(
@@ -48,7 +49,7 @@ def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: boo
                 ],
                 "flops": resolved.flops,
                 "head_calls": resolved.head_calls,
-                "ratio_to_mar": ratio,
+                f"ratio_to_{original}": ratio,
             }
         )
         return
@@ -70,7 +71,7 @@ def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: boo
     print_table(columns, rows, title=f"{architecture.name}, plan {resolved.settings.name}")
     click.echo(
         f"{len(resolved.steps)} AR steps, {resolved.head_calls} diffusion head calls, "
-        f"{_flops(resolved.flops)} per image; mar needs {_flops(baseline.flops)}: {ratio:.2f}x"
+        f"{_flops(resolved.flops)} per image; {original} needs {_flops(baseline.flops)}: {ratio:.2f}x"
     )
 
 

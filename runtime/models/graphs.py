@@ -112,7 +112,8 @@ def masked_generator_specs(
     then the row graphs.
 
     Args:
-        conditioning: the backbone's inputs that say what the images are, each with the leading axis G.
+        conditioning: the backbone's inputs that say what the images are, each with the leading axis G; a model without
+            any has one branch, and no guidance.
     """
     channels, width, total = architecture.token_channels, architecture.width, architecture.tokens
     height, breadth = architecture.image_size
@@ -129,7 +130,7 @@ def masked_generator_specs(
             _index("context", "B", "R"),
             *conditioning,
         ),
-        (_real("z", "G", "B", "P", width),),
+        (_real("z", "G" if conditioning else 1, "B", "P", width),),
         tolerances={"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.04, "fp8": 0.08},
         against_fp32={"fp32": 2e-5, "fp16": 1e-2, "bf16": 8e-2, "int8": 0.04, "fp8": 0.08},
         smallest={"G": 1, "B": 1, "V": 0, "P": 1, "R": 0},

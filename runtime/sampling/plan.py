@@ -194,6 +194,8 @@ def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
     """
     _check(settings)
     family = family_of(architecture)
+    if settings.cfg != 1.0 and not family.conditioner.inputs:
+        raise PlanError(f"cfg {settings.cfg:g}: {architecture.name} has nothing that it could be guided to; give 1")
     sizes = [len(members) for members in stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)]
     counts = [
         _stage_counts(index, size, wanted, settings.token_schedule)
@@ -272,24 +274,24 @@ def _stage_counts(stage: int, size: int, steps: int, schedule: str) -> list[int]
 
 
 def _check(settings: PlanSettings) -> None:
-    def one_of(label: str, value: str, choices: tuple[str, ...]) -> None:
+    def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
         if value not in choices:
-            raise PlanError(f"{label} {value!r} is not one of {', '.join(choices)}")
+            raise PlanError(f"{what} {value!r} is not one of {', '.join(choices)}")
 
-    def whole(label: str, value: Any) -> None:
+    def whole(what: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise PlanError(f"{label} {value!r} is not a whole number")
+            raise PlanError(f"{what} {value!r} is not a whole number")
 
-    def number(label: str, value: Any, low: float, high: float) -> None:
+    def number(what: str, value: Any, low: float, high: float) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise PlanError(f"{label} {value!r} is not in {low:g}..{high:g}")
+            raise PlanError(f"{what} {value!r} is not in {low:g}..{high:g}")
 
-    for label, numbers in (
+    for what, numbers in (
         ("stage steps", settings.stage_steps),
         ("generation diffusion steps", settings.generation_diffusion),
     ):
         if not isinstance(numbers, tuple | list):
-            raise PlanError(f"{label} {numbers!r} is not a list of whole numbers")
+            raise PlanError(f"{what} {numbers!r} is not a list of whole numbers")
     if not settings.stage_steps:
         raise PlanError("stage steps are empty: give AR steps per stage, for example 24,6,2")
     for steps in settings.stage_steps:
@@ -305,17 +307,17 @@ def _check(settings: PlanSettings) -> None:
         raise PlanError(f"max timestep {settings.max_timestep} is not in 0..{TRAINING_STEPS - 1}")
     if len(settings.generation_diffusion) != 2:
         raise PlanError("generation diffusion steps are two numbers, first and last")
-    for label, count in (
+    for what, count in (
         ("generation diffusion steps", settings.generation_diffusion[0]),
         ("generation diffusion steps", settings.generation_diffusion[1]),
         ("reconstruction diffusion steps", settings.reconstruction_diffusion),
         ("FTS diffusion steps", settings.fts_diffusion),
     ):
-        whole(label, count)
+        whole(what, count)
         try:
             kept_timesteps(count, settings.max_timestep)
         except PlanError as error:
-            raise PlanError(f"{label}: {error}") from None
+            raise PlanError(f"{what}: {error}") from None
     number("FTS fraction", settings.fts_fraction, 0.0, 1.0)
     number("cfg", settings.cfg, 0.0, 100.0)
     number("temperature", settings.temperature, 0.0, 10.0)
