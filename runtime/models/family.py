@@ -34,8 +34,8 @@ class Family:
         architecture: type of its sizes; its tag is the family's name.
         conditioner: type of what its models can be asked for.
         graph_specs: (architecture, max_batch) to the graphs, by kind, in the order they run.
-        presets: plan name to settings (``sampling.plan.PlanSettings``); the first is the original's own, which others are
-            compared with.
+        presets: plan name to settings (``sampling.plan.PlanSettings``); the first is the original's own, which others
+            are compared with.
         backbone_flops: (architecture, known, predicted, context, branches) to the FLOPs of one call per image.
         head_flops: (architecture, branches) to the FLOPs of one token's reverse step.
         parameters: architecture to the number of weights, decoder left out.

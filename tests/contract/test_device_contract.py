@@ -1,7 +1,7 @@
 """What a backend that keeps whole generations on a device must do, on the stand-in and on a real GPU alike.
 
-The stand-in executes the graphs behind a fake CUDA and a fake TensorRT, and checks addresses, order and leaks. What only it
-can see (call order, addresses) is in tests/runtime/test_tensorrt_backend.py.
+The stand-in executes the graphs behind a fake CUDA and a fake TensorRT, and checks addresses, order and leaks. What
+only it can see (call order, addresses) is in tests/runtime/test_tensorrt_backend.py.
 """
 
 from __future__ import annotations
