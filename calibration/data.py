@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,12 @@ class CalibrationImages:
     labels: tuple[int, ...]
     seeds: tuple[int, ...]
     latents: Floats | None = None
+
+    @property
+    def identity(self) -> list[Any]:
+        """JSON that tells these images from others; of latents their hash."""
+        digest = None if self.latents is None else hashlib.sha256(self.latents.tobytes()).hexdigest()
+        return [self.labels, self.seeds, digest]
 
 
 def calibration_images(
