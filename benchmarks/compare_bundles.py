@@ -6,20 +6,20 @@ calibration take hours. Never use them for pictures.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from msgspec import structs
 
 from gtr_deploy.calibration.layers import DEFAULT_KEEP, QUANTISED_KINDS, quantisable, read_graph
 from gtr_deploy.calibration.quantised_bundle import FLAVOURS_OF
 from gtr_deploy.calibration.quantize import quantise_graph
 from gtr_deploy.calibration.ranges import Range
 from gtr_deploy.runtime import Bundle, BundleError, UsageError
-from gtr_deploy.runtime.bundle.reader import MANIFEST, stored_graph
+from gtr_deploy.runtime.bundle.manifest import MANIFEST, GraphFiles, Precision, write_manifest
 from gtr_deploy.runtime.commands.console import Reporter
-from gtr_deploy.runtime.files import link_or_copy, write_json
+from gtr_deploy.runtime.files import link_or_copy
 
 RANGE = Range(-4.0, 4.0)
 """Of every activation; what passes a LayerNorm mostly lies inside."""
@@ -36,7 +36,8 @@ def make_bundles(model: str, folder: Path, reporter: Reporter, precisions: Seque
         folder: made if it is missing.
         precisions: int8 comes from the fp32 bundle, which is built in any case.
     """
-    from gtr_deploy.export.build.build import BuildRequest, build
+    from gtr_deploy.export.build.build import build
+    from gtr_deploy.export.build.request import BuildRequest
 
     source = folder / f"{model}-fp32"
     if not (source / MANIFEST).is_file():
@@ -66,7 +67,8 @@ def write_int8(source: Path, out: Path) -> None:
     if bundle.precision != "fp32":
         raise UsageError(f"{source} is {bundle.precision}; int8 graphs are made from an fp32 bundle")
     graphs = bundle.graph_paths()
-    entries: dict[str, dict[str, Any]] = {kind: dict(entry) for kind, entry in bundle.manifest["graphs"].items()}
+    main: dict[str, GraphFiles] = dict(bundle.graphs)
+    cpu: dict[str, GraphFiles] = {}
     kept: list[str] = []
     for kind in QUANTISED_KINDS:
         layers = [layer.name for layer in quantisable(read_graph(graphs[kind]))]
@@ -76,28 +78,29 @@ def write_int8(source: Path, out: Path) -> None:
             relative = f"graphs/cpu/{kind}.onnx" if flavour == "cpu" else f"graphs/{kind}.onnx"
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
             quantise_graph(graphs[kind], out / relative, dict.fromkeys(layers, RANGE), flavour, keep)
-            stored = stored_graph(out, relative)
-            entries[kind].update({"cpu": stored} if flavour == "cpu" else stored)
+            (cpu if flavour == "cpu" else main)[kind] = GraphFiles.of(out, relative)
     for kind, files in bundle.graphs.items():
         if kind not in QUANTISED_KINDS:
-            entries[kind]["cpu"] = None
-            for stored in (files.model, files.data):
-                if stored is not None:
-                    link_or_copy(bundle.folder / stored.file, out / stored.file)
-    manifest = {
-        **bundle.manifest,
-        "precision": {
-            "name": "int8",
-            "networks": "int8 products with constant weights; ranges are arbitrary, for measuring speed only",
-            "float32": ["all else", "attention products", *kept],
+            for stored in files.files:
+                link_or_copy(bundle.folder / stored.file, out / stored.file)
+    manifest = structs.replace(
+        bundle.manifest,
+        precision=Precision(
+            "int8",
+            "int8 products with constant weights; ranges are arbitrary, for measuring speed only",
+            ("all else", "attention products", *kept),
+            (),
+        ),
+        graphs={
+            kind: structs.replace(entry, model=main[kind].model, data=main[kind].data, cpu=cpu.get(kind))
+            for kind, entry in bundle.graphs.items()
         },
-        "graphs": entries,
-        "engines": [],
-        "source": {**bundle.manifest["source"], "calibration": "none: arbitrary ranges"},
-        "tools": {**bundle.manifest["tools"], "onnx": version("onnx"), "onnxruntime": version("onnxruntime")},
-        "reports": {},
-    }
-    write_json(out / MANIFEST, json.loads(json.dumps(manifest)))
+        engines=(),
+        source=structs.replace(bundle.manifest.source, calibration="none: arbitrary ranges"),
+        tools={**bundle.manifest.tools, "onnx": version("onnx"), "onnxruntime": version("onnxruntime")},
+        reports={},
+    )
+    write_manifest(out, manifest)
     Bundle.load(out)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gtr_deploy.runtime import Bundle, UsageError
-from gtr_deploy.runtime.bundle.reader import MANIFEST
+from gtr_deploy.runtime.bundle.manifest import MANIFEST
 from gtr_deploy.runtime.files import sha256
 
 Record = dict[str, Any]

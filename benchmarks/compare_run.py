@@ -288,5 +288,4 @@ class Comparison:
 def weight_bytes(bundle: Bundle, kind: str) -> int:
     """Of the graph that a CPU runs; the checkpoint's weights are as large as those of the fp32 graph."""
     files = bundle.graphs[kind]
-    model, data = files.cpu or (files.model, files.data)
-    return model.bytes + (data.bytes if data else 0)
+    return (files.cpu or files).bytes
