@@ -17,7 +17,7 @@ from gtr_deploy.calibration.quantised_bundle import FLAVOURS_OF
 from gtr_deploy.calibration.quantize import quantise_graph
 from gtr_deploy.calibration.ranges import Range
 from gtr_deploy.runtime import Bundle, BundleError, UsageError
-from gtr_deploy.runtime.bundle.reader.reader import MANIFEST, stored_graph
+from gtr_deploy.runtime.bundle.reader import MANIFEST, stored_graph
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.files import link_or_copy, write_json
 
@@ -36,7 +36,7 @@ def make_bundles(model: str, folder: Path, reporter: Reporter, precisions: Seque
         folder: made if it is missing.
         precisions: int8 comes from the fp32 bundle, which is built in any case.
     """
-    from gtr_deploy.export.build.build.build import BuildRequest, build
+    from gtr_deploy.export.build.build import BuildRequest, build
 
     source = folder / f"{model}-fp32"
     if not (source / MANIFEST).is_file():

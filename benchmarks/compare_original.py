@@ -49,7 +49,7 @@ class OriginalContender:
             raise UsageError(f"--original {folder} has no {missing[0]}; it should be a checkout of LTH14/mar")
         import torch
 
-        from gtr_deploy.export.build.build.sources import weights_of_bundle
+        from gtr_deploy.export.build.sources import weights_of_bundle
 
         torch.set_num_threads(threads)
         self._torch, self._architecture = torch, bundle.architecture

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gtr_deploy.runtime import Bundle, UsageError
-from gtr_deploy.runtime.bundle.reader.reader import MANIFEST
+from gtr_deploy.runtime.bundle.reader import MANIFEST
 from gtr_deploy.runtime.files import sha256
 
 Record = dict[str, Any]
@@ -74,7 +74,7 @@ class Environment:
 
 def examine() -> Environment:
     """Looks at this machine."""
-    from gtr_deploy.runtime.machine.examine.examine import examine_machine
+    from gtr_deploy.runtime.machine.examine import examine_machine
 
     gpu = examine_machine().gpu
     name, flags = cpu_details()

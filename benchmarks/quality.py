@@ -32,8 +32,8 @@ from remembering import RememberingBackend
 from gtr_deploy.runtime import Bundle, Pipeline, UsageError
 from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.files import atomic_path, cache_dir
-from gtr_deploy.runtime.quality.estimates.digits import DigitSample, digit_differences, digit_figures, real_digits
-from gtr_deploy.runtime.quality.estimates.estimates import Estimate, balanced_labels
+from gtr_deploy.runtime.quality.digits import DigitSample, digit_differences, digit_figures, real_digits
+from gtr_deploy.runtime.quality.estimates import Estimate, balanced_labels
 from gtr_deploy.runtime.sampling.plan import SamplingPlan
 
 BASE = "gtr"

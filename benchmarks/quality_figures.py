@@ -16,9 +16,9 @@ from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.files import atomic_path
 from gtr_deploy.runtime.pictures.drawing import BACKGROUND, GAP, MARGIN, TEXT, enlarge, fitted, load_font
 from gtr_deploy.runtime.pictures.trace import contact_sheet
-from gtr_deploy.runtime.quality.estimates.digits import DigitSample, digit_figures, real_digits
-from gtr_deploy.runtime.quality.estimates.estimates import Estimate
-from gtr_deploy.runtime.quality.estimates.plot import BEATEN, FRONT, LINE, Axis, Point, front, number, plot_front
+from gtr_deploy.runtime.quality.digits import DigitSample, digit_figures, real_digits
+from gtr_deploy.runtime.quality.estimates import Estimate
+from gtr_deploy.runtime.quality.plot import BEATEN, FRONT, LINE, Axis, Point, front, number, plot_front
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SECONDS = "processor seconds per image"

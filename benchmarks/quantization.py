@@ -23,7 +23,7 @@ from gtr_deploy.calibration.layers import DEFAULT_KEEP, quantisable, read_graph
 from gtr_deploy.calibration.quantize import quantise_graph
 from gtr_deploy.calibration.ranges import Range
 from gtr_deploy.runtime import Bundle
-from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.commands.console import Reporter, print_table
 from gtr_deploy.runtime.models.graphs import graph_specs
 

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file
 
-from gtr_deploy.export.reference.networks.networks import build_networks
-from gtr_deploy.export.reference.networks.torch_backend import TorchBackend
+from gtr_deploy.export.reference.networks import build_networks
+from gtr_deploy.export.reference.torch_backend import TorchBackend
 from gtr_deploy.runtime.models.architecture import Architecture
 from gtr_deploy.runtime.sampling.noise import RecordedNoise
 from gtr_deploy.runtime.sampling.plan import PlanSettings, SamplingPlan, resolve

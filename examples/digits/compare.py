@@ -16,12 +16,12 @@ import numpy as np
 from judge import train_judge
 
 from gtr_deploy.runtime import Bundle, Pipeline
-from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.bundle.reader.reader import graph_bytes
+from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.bundle.reader import graph_bytes
 from gtr_deploy.runtime.commands.console import Reporter, print_table
 from gtr_deploy.runtime.pipeline import Generation
-from gtr_deploy.runtime.quality.estimates.digits import DigitMeasure, real_digits
-from gtr_deploy.runtime.quality.estimates.estimates import balanced_labels
+from gtr_deploy.runtime.quality.digits import DigitMeasure, real_digits
+from gtr_deploy.runtime.quality.estimates import balanced_labels
 
 SPEED_BATCHES = 5
 """Batches that are timed, bundles taking turns, so that a busy machine is busy for all of them."""

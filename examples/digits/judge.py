@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-from gtr_deploy.runtime.quality.estimates.digits import small_images
+from gtr_deploy.runtime.quality.digits import small_images
 
 
 @dataclass(frozen=True)

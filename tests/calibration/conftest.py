@@ -10,7 +10,7 @@ from calibrated import Calibrated
 from gtr_deploy.calibration.collect import collect
 from gtr_deploy.calibration.data import calibration_images
 from gtr_deploy.calibration.probes import record
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.sampling.plan import preset, resolve
 

@@ -15,7 +15,7 @@ from gtr_deploy.calibration.probes import image_errors, outputs
 from gtr_deploy.calibration.quantize import FLAVOURS, activation_scale, quantise_graph, quantised_weight
 from gtr_deploy.calibration.ranges import Range, Statistics, layer_ranges
 from gtr_deploy.calibration.sensitivity import GATES
-from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.errors import BundleError, UsageError
 
 KINDS = ("backbone", "diffusion_step")

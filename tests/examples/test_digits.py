@@ -11,7 +11,7 @@ import train as train_script
 from click.testing import CliRunner
 from data import GRID, jitter, load, to_tokens
 
-from gtr_deploy.export.build.build.checkpoints import load_mar
+from gtr_deploy.export.build.checkpoints import load_mar
 from gtr_deploy.export.graphs.decoders import PatchDecoder
 from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
 from gtr_deploy.export.zoo import MODELS

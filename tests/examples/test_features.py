@@ -10,7 +10,7 @@ import numpy as np
 from click.testing import CliRunner
 
 from gtr_deploy.runtime.pipeline import Pipeline
-from gtr_deploy.runtime.quality.estimates.digits import DATA, RealDigits, real_digits
+from gtr_deploy.runtime.quality.digits import DATA, RealDigits, real_digits
 
 
 def test_the_script_makes_the_file_that_ships(tmp_path: Path) -> None:

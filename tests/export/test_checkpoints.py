@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gtr_deploy.export.build.build.checkpoints import (
+from gtr_deploy.export.build.checkpoints import (
     compare,
     expected_mar,
     expected_vae_decoder,

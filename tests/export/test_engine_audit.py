@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.export.engines.builder.audit import Audit, counted, float32_problem, inspected_layers, precision_of
+from gtr_deploy.export.engines.audit import Audit, counted, float32_problem, inspected_layers, precision_of
 
 
 def _ten(name: str, kind: str, read: str, written: str) -> dict[str, Any]:

@@ -16,17 +16,17 @@ import pytest
 from click.testing import Result
 from commands import one_line_error
 
-from gtr_deploy.export.build.build.build import BuildRequest, build
+from gtr_deploy.export.build.build import BuildRequest, build
+from gtr_deploy.export.engines.audit import Audit
+from gtr_deploy.export.engines.builder import EngineRequest, EngineResult, build_engines
 from gtr_deploy.export.engines.builder import builder as engines
 from gtr_deploy.export.engines.builder import target as engine_target
-from gtr_deploy.export.engines.builder.audit import Audit
-from gtr_deploy.export.engines.builder.builder import EngineRequest, EngineResult, build_engines
-from gtr_deploy.export.engines.builder.graph import BuildSettings, BuiltGraph
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.export.engines.graph import BuildSettings, BuiltGraph
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BackendError, GtrError, UsageError
+from gtr_deploy.runtime.machine.examine import Gpu, Machine
 from gtr_deploy.runtime.machine.examine import examine as machine_module
-from gtr_deploy.runtime.machine.examine.examine import Gpu, Machine
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs pip install 'gtr-deploy[tensorrt-rtx]'")
 
@@ -138,7 +138,7 @@ def test_another_graph_is_built_again(own_bundle: Path, build_digits: Callable[[
     manifest = json.loads((own_bundle / "manifest.json").read_text())
     with (own_bundle / "graphs" / "decoder.onnx").open("ab") as file:
         file.write(b"\0")
-    from gtr_deploy.runtime.bundle.reader.reader import StoredFile
+    from gtr_deploy.runtime.bundle.reader import StoredFile
 
     manifest["graphs"]["decoder"]["model"] = StoredFile.of(own_bundle, "graphs/decoder.onnx").to_json()
     (own_bundle / "manifest.json").write_text(json.dumps(manifest))
@@ -202,7 +202,7 @@ def test_stopped_in_the_middle(own_bundle: Path, stop: signal.Signals, code: int
 
 
 def test_two_builds_do_not_mix(own_bundle: Path, builder: Builder) -> None:
-    from gtr_deploy.runtime.bundle.reader.staged import lock
+    from gtr_deploy.runtime.bundle.staged import lock
 
     with lock(own_bundle), pytest.raises(GtrError, match="another build is writing"):
         make(own_bundle)

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.export.build.build.build import BuildRequest, build
-from gtr_deploy.export.engines.builder.graph import BuildSettings, BuiltGraph, build_graph
-from gtr_deploy.export.engines.builder.target import Target, choose_target
-from gtr_deploy.export.verify.verify.verify import graph_inputs
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.export.build.build import BuildRequest, build
+from gtr_deploy.export.engines.graph import BuildSettings, BuiltGraph, build_graph
+from gtr_deploy.export.engines.target import Target, choose_target
+from gtr_deploy.export.verify.verify import graph_inputs
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Phases, Reporter
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.machine.examine.examine import Machine
+from gtr_deploy.runtime.machine.examine import Machine
 from gtr_deploy.runtime.models.graphs import GraphSpec, graph_specs
 from gtr_deploy.runtime.sampling.shapes import Profile
 
@@ -265,8 +265,8 @@ from pathlib import Path
 import tensorrt_rtx
 warnings.simplefilter("ignore")
 sys.modules["tensorrt"] = tensorrt_rtx
-from gtr_deploy.export.engines.builder.graph import BuildSettings, build_graph
-from gtr_deploy.export.engines.builder.target import choose_target
+from gtr_deploy.export.engines.graph import BuildSettings, build_graph
+from gtr_deploy.export.engines.target import choose_target
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BackendError

@@ -15,7 +15,7 @@ from commands import one_line_error
 from gtr_deploy.export import doctor
 from gtr_deploy.export.build.build import sources
 from gtr_deploy.export.zoo import MODELS, WeightSource
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.bundle.reader import Bundle
 
 Cli = Callable[..., Result]
 DATA = Path(__file__).parents[1] / "data"

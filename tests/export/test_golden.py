@@ -14,8 +14,8 @@ from golden import CASES, WEIGHT_SETS, GoldenCase, load_case, load_weights, rela
 from numpy.typing import NDArray
 
 from gtr_deploy.export.graphs.onnx_export import export_graph
-from gtr_deploy.export.reference.networks.networks import build_graph_module
-from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
+from gtr_deploy.export.reference.networks import build_graph_module
+from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.protocol import Backend, Condition, DiffusionChain, Floats, Integers
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS, graph_specs

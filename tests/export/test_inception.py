@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
+from gtr_deploy.export.reference.inception import open_features
 from gtr_deploy.export.reference.networks import inception
-from gtr_deploy.export.reference.networks.inception import open_features
 from gtr_deploy.runtime.errors import GtrError
-from gtr_deploy.runtime.quality.estimates.inception import open_inception
+from gtr_deploy.runtime.quality.inception import open_inception
 
 MODULE = "torch_fidelity.feature_extractor_inceptionv3"
 

@@ -12,10 +12,10 @@ import torch
 from golden import load_case, relative_error, torch_backend
 
 from gtr_deploy.export.reference.networks import torch_backend as module
-from gtr_deploy.export.reference.networks.torch_backend import TorchBackend, open_backend
-from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
+from gtr_deploy.export.reference.torch_backend import TorchBackend, open_backend
+from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.protocol import Backend, Floats
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError, GtrError
 from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES
 from gtr_deploy.runtime.pipeline import Pipeline

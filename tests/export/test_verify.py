@@ -14,9 +14,9 @@ import pytest
 from click.testing import Result
 from onnx import numpy_helper
 
+from gtr_deploy.export.verify.verify import Check, Report, relative_error, verify
 from gtr_deploy.export.verify.verify import verify as verify_module
-from gtr_deploy.export.verify.verify.verify import Check, Report, relative_error, verify
-from gtr_deploy.runtime.bundle.reader.reader import Bundle, StoredFile
+from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, PlanError
 from gtr_deploy.runtime.files import write_json
@@ -159,7 +159,7 @@ def test_on_a_deployment_machine_without_torch(
 
 
 def test_random_weights_are_made_again(tmp_path: Path) -> None:
-    from gtr_deploy.export.build.build.build import BuildRequest, build
+    from gtr_deploy.export.build.build import BuildRequest, build
 
     build(BuildRequest("mar-digits", tmp_path / "b", random_weights=True), QUIET)
     report = verify(tmp_path / "b", QUIET, plans=["gtr-fast"], images=1)

@@ -12,8 +12,8 @@ from click.testing import Result
 from fakes.bundles import add_fake_engines, fake_host
 from fakes.machine import FakeMachine
 
+from gtr_deploy.export.verify.graph_inputs import covered_presets
 from gtr_deploy.export.verify.verify import verify as verify_module
-from gtr_deploy.export.verify.verify.graph_inputs import covered_presets
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine.examine import examine as machine_module
 from gtr_deploy.runtime.sampling.plan import preset, resolve
@@ -65,7 +65,7 @@ def test_engines_that_compute_something_else_fail(own_bundle: Path, export_cli: 
 
 def add_changed(folder: Path, file: Path) -> None:
     """The manifest's size and checksum of an engine that was replaced on purpose."""
-    from gtr_deploy.runtime.bundle.reader.reader import StoredFile
+    from gtr_deploy.runtime.bundle.reader import StoredFile
 
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from golden import relative_error
 
-from gtr_deploy.export.engines.builder.builder import EngineRequest, build_engines
-from gtr_deploy.runtime.backends.tensorrt.backend.backend import TensorRTBackend, open_tensorrt
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.export.engines.builder import EngineRequest, build_engines
+from gtr_deploy.runtime.backends.tensorrt.backend import TensorRTBackend, open_tensorrt
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.commands.doctor import diagnose
 from gtr_deploy.runtime.errors import GtrError
-from gtr_deploy.runtime.machine.examine.examine import examine_machine, library_version
+from gtr_deploy.runtime.machine.examine import examine_machine, library_version
 from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES
 from gtr_deploy.runtime.pipeline import Pipeline
 

@@ -6,7 +6,7 @@ import pytest
 from fakes import cudart
 from fakes.machine import FakeMachine
 
-from gtr_deploy.runtime.machine.examine.cuda import Cuda
+from gtr_deploy.runtime.machine.cuda import Cuda
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import torch
 from click.testing import Result
 from golden import relative_error
 
-from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.backends.onnxruntime.backend.bound import ALIGNMENT, _Packed
+from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.backends.onnxruntime.bound import ALIGNMENT, _Packed
 from gtr_deploy.runtime.backends.registry import BackendOptions, choose_backend, open_backend, resolve_backend
-from gtr_deploy.runtime.bundle.reader.engine_sets import EngineGraph, EngineSet
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.bundle.engine_sets import EngineGraph, EngineSet
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError, GtrError, UsageError
-from gtr_deploy.runtime.machine.examine.examine import Gpu, Machine, examine_machine
+from gtr_deploy.runtime.machine.examine import Gpu, Machine, examine_machine
 from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES
 from gtr_deploy.runtime.pipeline import Generation, Pipeline
 
@@ -257,7 +257,7 @@ class TestChoice:
         metadata = tmp_path / "gtr_backends-1.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: gtr-backends\nVersion: 1\n")
-        lines = "[gtr_deploy.backends]\ntorch = gtr_deploy.export.reference.networks.torch_backend:open_backend\n"
+        lines = "[gtr_deploy.backends]\ntorch = gtr_deploy.export.reference.torch_backend:open_backend\n"
         (metadata / "entry_points.txt").write_text(lines)
         monkeypatch.syspath_prepend(tmp_path)
         before = torch.get_num_threads()

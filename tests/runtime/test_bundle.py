@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.runtime.bundle.reader.reader import Bundle, StoredFile
+from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
 from gtr_deploy.runtime.errors import BundleError
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS

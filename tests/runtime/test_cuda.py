@@ -13,7 +13,7 @@ from fakes.machine import FakeDevice, FakeMachine
 from numpy.typing import NDArray
 
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.machine.examine.cuda import Cuda, CudaError, PinnedBuffer, list_devices
+from gtr_deploy.runtime.machine.cuda import Cuda, CudaError, PinnedBuffer, list_devices
 
 
 def pinned(cuda: Cuda, values: NDArray[Any] | bytes) -> PinnedBuffer:

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from gtr_deploy.runtime.bundle.reader.engine_sets import EngineGraph, EngineSet
-from gtr_deploy.runtime.bundle.reader.reader import Bundle, StoredFile
+from gtr_deploy.runtime.bundle.engine_sets import EngineGraph, EngineSet
+from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
 from gtr_deploy.runtime.commands import doctor as doctor_module
 from gtr_deploy.runtime.commands.console import CommandGroup
 from gtr_deploy.runtime.commands.doctor import can_run, diagnose, doctor
 from gtr_deploy.runtime.errors import BackendError
+from gtr_deploy.runtime.machine.cuda import Device
+from gtr_deploy.runtime.machine.examine import Gpu, Machine, examine_machine, library_version
 from gtr_deploy.runtime.machine.examine import examine as machine_module
-from gtr_deploy.runtime.machine.examine.cuda import Device
-from gtr_deploy.runtime.machine.examine.examine import Gpu, Machine, examine_machine, library_version
 
 ADA = Gpu("NVIDIA L4", "8.9", 24 * 2**30, "13.0")
 VERSIONS = {

@@ -12,10 +12,10 @@ import pytest
 from fakes.bundles import add_fake_engines, fake_host
 from fakes.machine import FakeMachine
 
-from gtr_deploy.runtime.bundle.reader.engine_sets import choose_engines, engine_key, refusal
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.bundle.engine_sets import choose_engines, engine_key, refusal
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError, BundleError
-from gtr_deploy.runtime.machine.examine.examine import Gpu, Machine
+from gtr_deploy.runtime.machine.examine import Gpu, Machine
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from fakes import cudart, tensorrt
 from fakes.machine import FakeDevice, FakeMachine
 
-from gtr_deploy.runtime.machine.examine.cuda import Cuda, CudaError, PinnedBuffer
+from gtr_deploy.runtime.machine.cuda import Cuda, CudaError, PinnedBuffer
 
 PROFILES = [
     {"x": [[1, 3], [2, 3], [4, 3]], "extra": [[0, 3], [1, 3], [4, 3]]},

@@ -7,7 +7,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 from gtr_deploy.runtime.errors import UsageError
-from gtr_deploy.runtime.quality.estimates.frechet import feature_statistics, frechet_distance
+from gtr_deploy.runtime.quality.frechet import feature_statistics, frechet_distance
 
 
 def _sets(features: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from golden import relative_error
 
-from gtr_deploy.export.verify.verify.graph_inputs import graph_inputs
-from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.backends.openvino.backend.backend import OpenVinoBackend
-from gtr_deploy.runtime.backends.openvino.backend.library import read_onnx
-from gtr_deploy.runtime.backends.openvino.backend.split import split
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.export.verify.graph_inputs import graph_inputs
+from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.backends.openvino.backend import OpenVinoBackend
+from gtr_deploy.runtime.backends.openvino.library import read_onnx
+from gtr_deploy.runtime.backends.openvino.split import split
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine.openvino import cpu_capabilities, import_openvino
 from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS, graph_specs

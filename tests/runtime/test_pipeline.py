@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gtr_deploy.runtime import BackendError, Pipeline, PlanError, PlanSettings, UsageError
-from gtr_deploy.runtime.backends.onnxruntime.backend.backend import OnnxRuntimeBackend
+from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.sampling.noise import RecordedNoise, SeededNoise
 from gtr_deploy.runtime.sampling.orders import generation_orders

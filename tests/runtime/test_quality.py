@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gtr_deploy.runtime.quality.estimates.digits import (
+from gtr_deploy.runtime.quality.digits import (
     CLASSES,
     METRICS,
     DigitMeasure,
@@ -20,13 +20,13 @@ from gtr_deploy.runtime.quality.estimates.digits import (
     real_digits,
     resampled,
 )
-from gtr_deploy.runtime.quality.estimates.estimates import (
+from gtr_deploy.runtime.quality.estimates import (
     balanced_labels,
     inception_score,
     normal_interval,
     wilson_interval,
 )
-from gtr_deploy.runtime.quality.estimates.frechet import feature_statistics, frechet_distance, weighted_statistics
+from gtr_deploy.runtime.quality.frechet import feature_statistics, frechet_distance, weighted_statistics
 
 
 @pytest.fixture(scope="module")

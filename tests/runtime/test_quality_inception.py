@@ -12,9 +12,9 @@ import pytest
 from gtr_deploy.runtime.errors import GtrError, UsageError
 from gtr_deploy.runtime.machine.examine import plugins
 from gtr_deploy.runtime.quality.estimates import inception as quality_inception
-from gtr_deploy.runtime.quality.estimates.estimates import inception_score
-from gtr_deploy.runtime.quality.estimates.frechet import feature_statistics, frechet_distance
-from gtr_deploy.runtime.quality.estimates.inception import (
+from gtr_deploy.runtime.quality.estimates import inception_score
+from gtr_deploy.runtime.quality.frechet import feature_statistics, frechet_distance
+from gtr_deploy.runtime.quality.inception import (
     InceptionMeasure,
     InceptionTally,
     open_inception,

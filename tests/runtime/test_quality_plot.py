@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from gtr_deploy.runtime.errors import GtrError, UsageError
-from gtr_deploy.runtime.quality.estimates.estimates import Estimate
-from gtr_deploy.runtime.quality.estimates.plot import FRONT, Axis, Point, checked_target, front, plot_front
+from gtr_deploy.runtime.quality.estimates import Estimate
+from gtr_deploy.runtime.quality.plot import FRONT, Axis, Point, checked_target, front, plot_front
 
 
 def _points(*pairs: tuple[float, float]) -> list[Point]:

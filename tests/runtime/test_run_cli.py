@@ -14,12 +14,12 @@ import pytest
 from click.testing import Result
 from PIL import Image
 
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.bench import _verdicts
 from gtr_deploy.runtime.commands.doctor import can_run, diagnose
 from gtr_deploy.runtime.commands.timing import PARTS, Measurement
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.machine.examine.examine import examine_machine
+from gtr_deploy.runtime.machine.examine import examine_machine
 from gtr_deploy.runtime.pictures.trace import read_settings
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.sampling.plan import PlanSettings

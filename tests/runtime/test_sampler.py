@@ -10,7 +10,7 @@ import pytest
 from golden import load_case, relative_error, torch_backend
 from numpy.typing import NDArray
 
-from gtr_deploy.export.reference.networks.torch_backend import TorchBackend
+from gtr_deploy.export.reference.torch_backend import TorchBackend
 from gtr_deploy.runtime.backends.protocol import Condition, DiffusionChain, Floats, Integers
 from gtr_deploy.runtime.errors import BackendError, UsageError
 from gtr_deploy.runtime.models.architecture import Architecture

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtr_deploy.runtime.backends.tensorrt.backend.device_layout import ALIGNMENT, device_layout, ordered_to_grid
+from gtr_deploy.runtime.backends.tensorrt.device_layout import ALIGNMENT, device_layout, ordered_to_grid
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS
 from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.orders import generation_orders

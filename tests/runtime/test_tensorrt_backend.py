@@ -18,8 +18,8 @@ from fakes.bundles import add_fake_engines, fake_host
 from fakes.machine import Error, FakeMachine
 
 from gtr_deploy.runtime.backends.protocol import StepResult
-from gtr_deploy.runtime.backends.tensorrt.backend.backend import KEPT_PROGRAMS, TensorRTBackend, open_tensorrt
-from gtr_deploy.runtime.bundle.reader.reader import Bundle
+from gtr_deploy.runtime.backends.tensorrt.backend import KEPT_PROGRAMS, TensorRTBackend, open_tensorrt
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.timing import measure
 from gtr_deploy.runtime.errors import BackendError, BundleError, UsageError
 from gtr_deploy.runtime.files import cache_dir

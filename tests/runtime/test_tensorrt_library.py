@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.runtime.backends.tensorrt.backend.library import LogCollector, load_library
+from gtr_deploy.runtime.backends.tensorrt.library import LogCollector, load_library
 from gtr_deploy.runtime.errors import BackendError
 
 
