@@ -16,8 +16,8 @@ from gtr_deploy.calibration import quantised_bundle as calibration_bundle
 from gtr_deploy.calibration.quantised_bundle import quantise_bundle
 from gtr_deploy.calibration.request import CalibrationRequest
 from gtr_deploy.export.build.build import BuildRequest, CalibrationChoices, build
+from gtr_deploy.export.verify import verify
 from gtr_deploy.export.verify.limits import graph_limit
-from gtr_deploy.export.verify.verify import verify
 from gtr_deploy.runtime.backends.registry import BackendOptions, open_backend, resolve_backend
 from gtr_deploy.runtime.bundle.reader import MANIFEST, Bundle, stored_graph
 from gtr_deploy.runtime.commands.console import Reporter

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from gtr_deploy.export.build import build as build_module
 from gtr_deploy.export.build.build import BuildRequest, build, default_out
-from gtr_deploy.export.build.build import build as build_module
+from gtr_deploy.runtime.bundle import staged as folders
 from gtr_deploy.runtime.bundle.reader import Bundle
-from gtr_deploy.runtime.bundle.reader import staged as folders
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, UsageError
 from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS

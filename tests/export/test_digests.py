@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.export.build.build import digests
+from gtr_deploy.export.build import digests
 from gtr_deploy.export.build.digests import file_sha256
 from gtr_deploy.runtime import files
 from gtr_deploy.runtime.errors import GtrError

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.export.build.build import download as module
+from gtr_deploy.export.build import download as module
 from gtr_deploy.export.build.download import MEBIBYTE, download, find_or_download
 from gtr_deploy.export.zoo import WeightSource
 from gtr_deploy.runtime.errors import GtrError

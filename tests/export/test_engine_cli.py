@@ -17,16 +17,16 @@ from click.testing import Result
 from commands import one_line_error
 
 from gtr_deploy.export.build.build import BuildRequest, build
+from gtr_deploy.export.engines import builder as engines
+from gtr_deploy.export.engines import target as engine_target
 from gtr_deploy.export.engines.audit import Audit
 from gtr_deploy.export.engines.builder import EngineRequest, EngineResult, build_engines
-from gtr_deploy.export.engines.builder import builder as engines
-from gtr_deploy.export.engines.builder import target as engine_target
 from gtr_deploy.export.engines.graph import BuildSettings, BuiltGraph
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BackendError, GtrError, UsageError
+from gtr_deploy.runtime.machine import examine as machine_module
 from gtr_deploy.runtime.machine.examine import Gpu, Machine
-from gtr_deploy.runtime.machine.examine import examine as machine_module
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs pip install 'gtr-deploy[tensorrt-rtx]'")
 

@@ -16,7 +16,7 @@ import pytest
 from gtr_deploy.export.build.build import BuildRequest, build
 from gtr_deploy.export.engines.graph import BuildSettings, BuiltGraph, build_graph
 from gtr_deploy.export.engines.target import Target, choose_target
-from gtr_deploy.export.verify.verify import graph_inputs
+from gtr_deploy.export.verify import graph_inputs
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Phases, Reporter
 from gtr_deploy.runtime.errors import BackendError
@@ -236,7 +236,7 @@ def test_phases_nest_on_a_terminal_and_are_few_lines_elsewhere(
 
 
 def test_tf32_is_off_in_fp32_alone(digits_bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gtr_deploy.export.engines.builder import graph as engine_graph
+    from gtr_deploy.export.engines import graph as engine_graph
 
     flags: list[bool] = []
 

@@ -13,7 +13,7 @@ from click.testing import Result
 from commands import one_line_error
 
 from gtr_deploy.export import doctor
-from gtr_deploy.export.build.build import sources
+from gtr_deploy.export.build import sources
 from gtr_deploy.export.zoo import MODELS, WeightSource
 from gtr_deploy.runtime.bundle.reader import Bundle
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
+from gtr_deploy.export.reference import inception
 from gtr_deploy.export.reference.inception import open_features
-from gtr_deploy.export.reference.networks import inception
 from gtr_deploy.runtime.errors import GtrError
 from gtr_deploy.runtime.quality.inception import open_inception
 

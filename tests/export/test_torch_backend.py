@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden import load_case, relative_error, torch_backend
 
-from gtr_deploy.export.reference.networks import torch_backend as module
+from gtr_deploy.export.reference import torch_backend as module
 from gtr_deploy.export.reference.torch_backend import TorchBackend, open_backend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.protocol import Backend, Floats

@@ -14,8 +14,8 @@ import pytest
 from click.testing import Result
 from onnx import numpy_helper
 
+from gtr_deploy.export.verify import verify as verify_module
 from gtr_deploy.export.verify.verify import Check, Report, relative_error, verify
-from gtr_deploy.export.verify.verify import verify as verify_module
 from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, PlanError

@@ -12,10 +12,10 @@ from click.testing import Result
 from fakes.bundles import add_fake_engines, fake_host
 from fakes.machine import FakeMachine
 
+from gtr_deploy.export.verify import verify as verify_module
 from gtr_deploy.export.verify.graph_inputs import covered_presets
-from gtr_deploy.export.verify.verify import verify as verify_module
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.machine.examine import examine as machine_module
+from gtr_deploy.runtime.machine import examine as machine_module
 from gtr_deploy.runtime.sampling.plan import preset, resolve
 
 

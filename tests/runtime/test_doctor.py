@@ -19,9 +19,9 @@ from gtr_deploy.runtime.commands import doctor as doctor_module
 from gtr_deploy.runtime.commands.console import CommandGroup
 from gtr_deploy.runtime.commands.doctor import can_run, diagnose, doctor
 from gtr_deploy.runtime.errors import BackendError
+from gtr_deploy.runtime.machine import examine as machine_module
 from gtr_deploy.runtime.machine.cuda import Device
 from gtr_deploy.runtime.machine.examine import Gpu, Machine, examine_machine, library_version
-from gtr_deploy.runtime.machine.examine import examine as machine_module
 
 ADA = Gpu("NVIDIA L4", "8.9", 24 * 2**30, "13.0")
 VERSIONS = {

@@ -16,8 +16,8 @@ from gtr_deploy.runtime.commands import evaluate as module
 from gtr_deploy.runtime.errors import GtrError, UsageError
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.pipeline import Pipeline
+from gtr_deploy.runtime.quality import inception as quality_inception
 from gtr_deploy.runtime.quality.digits import METRICS, DigitsMeasure, digit_figures, real_digits
-from gtr_deploy.runtime.quality.estimates import inception as quality_inception
 from gtr_deploy.runtime.sampling.plan import PlanSettings
 
 Cli = Callable[..., Result]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gtr_deploy.runtime.errors import GtrError, UsageError
-from gtr_deploy.runtime.machine.examine import plugins
-from gtr_deploy.runtime.quality.estimates import inception as quality_inception
+from gtr_deploy.runtime.machine import plugins
+from gtr_deploy.runtime.quality import inception as quality_inception
 from gtr_deploy.runtime.quality.estimates import inception_score
 from gtr_deploy.runtime.quality.frechet import feature_statistics, frechet_distance
 from gtr_deploy.runtime.quality.inception import (
