@@ -118,6 +118,7 @@ def _name(axes: Axes, named: Sequence[Point], points: Sequence[Point]) -> None:
                 point.name, (point.cost, point.quality.value), (across, up), textcoords="offset points", size=10,
                 color=DARK, ha="left" if across > 0 else "right", va="center",
             )  # fmt: skip
+            note.set_in_layout(False)
             box = note.get_window_extent()
             inside = axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and axes.bbox.y0 <= box.y0
             if inside and box.y1 <= axes.bbox.y1 and not any(box.overlaps(other) for other in taken):
