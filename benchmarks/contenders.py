@@ -75,11 +75,11 @@ class PipelineContender:
         return None
 
     def generate(self, plan: SamplingPlan, batch: int, seed: int) -> Seconds:
-        classes = [index % self.bundle.architecture.classes for index in range(batch)]
+        requests = self.bundle.conditioner.samples(batch)
         seeds = list(range(seed, seed + batch))
         self.pipeline.warm_up(plan, batch)
         with stopwatch() as whole:
-            made = self.pipeline.generate(classes, seeds=seeds, plan=plan, batch_size=batch)
+            made = self.pipeline.generate(requests, seeds=seeds, plan=plan, batch_size=batch)
         with stopwatch() as decoder:
             self.pipeline.backend.decode(made.latents)
         return whole[0] - decoder[0]

@@ -24,6 +24,7 @@ from records import ORIGINAL
 
 from gtr_deploy.runtime import Bundle, GtrError, SamplingPlan, UsageError
 from gtr_deploy.runtime.commands.console import Reporter
+from gtr_deploy.runtime.models.mar import MarArchitecture
 
 FILES = ("models/mar.py", "models/diffloss.py", "diffusion/__init__.py")
 
@@ -39,10 +40,13 @@ class OriginalContender:
             bundle: fp32; the weights that it was built from are loaded.
 
         Raises:
-            UsageError: the folder is no checkout.
+            UsageError: the folder is no checkout, or the model none of the original's.
             GtrError: a module that it needs is missing, or the bundle's weights are not found.
         """
-        self.bundle = bundle
+        a = bundle.architecture
+        if not isinstance(a, MarArchitecture):
+            raise UsageError(f"--original: {a.name} is no model of the original project")
+        self.bundle, self._classes = bundle, a.classes
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise UsageError(f"--original {folder} has no {missing[0]}; it should be a checkout of LTH14/mar")
@@ -63,7 +67,6 @@ class OriginalContender:
         weights, why_not = weights_of_bundle(bundle, None, None, Reporter(quiet=True))
         if weights is None:
             raise GtrError(f"the original needs the bundle's weights: {why_not}")
-        a = bundle.architecture
         with self._on_cpu():
             # Grid, not pixels: stride and patch of 1 give the grid itself as the image.
             self._model = models.MAR(
@@ -97,7 +100,7 @@ class OriginalContender:
         diffusion = self._create_diffusion(timestep_respacing=steps, noise_schedule="cosine")
         self._torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
-        labels = self._torch.arange(batch) % self.bundle.architecture.classes
+        labels = self._torch.arange(batch) % self._classes
         with self._on_cpu(), patch.object(self._model.diffloss, "gen_diffusion", diffusion), stopwatch() as spent:
             self._model.sample_tokens(
                 batch, len(plan.steps), settings.cfg, settings.cfg_schedule, labels, settings.temperature

@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from gtr_deploy.runtime import GtrError, Pipeline, SamplingPlan
 
 HOST = "host"
-
-#: What a backend without a hook is watched by: its calls, which count all that the backend does around its graphs.
-_METHODS = {"condition": "backbone", "detail": "detail_score", "denoise": "diffusion_step", "decode": "decoder"}
 
 
 @dataclass
@@ -44,44 +38,18 @@ def profile_parts(pipeline: Pipeline, plan: SamplingPlan, batch: int) -> Parts:
     Raises:
         GtrError: the backend runs whole generations and reports no graphs.
     """
-    classes = [index % pipeline.architecture.classes for index in range(batch)]
+    requests = pipeline.conditioner.samples(batch)
     pipeline.warm_up(plan, batch)
-    pipeline.generate(classes, plan=plan, batch_size=batch)
-    with _watched(pipeline.backend) as parts:
+    pipeline.generate(requests, plan=plan, batch_size=batch)
+    parts, backend = Parts(), pipeline.backend
+    backend.hook = lambda call: parts.add(call.kind, call.seconds)
+    try:
         start = time.perf_counter()
-        pipeline.generate(classes, plan=plan, batch_size=batch)
+        pipeline.generate(requests, plan=plan, batch_size=batch)
         total = time.perf_counter() - start
+    finally:
+        backend.hook = None
     if not parts.calls:
         raise GtrError(f"backend {pipeline.backend.name} runs whole generations and does not tell graphs apart")
     parts.seconds[HOST] = total - sum(parts.seconds.values())
     return parts
-
-
-@contextmanager
-def _watched(backend: Any) -> Iterator[Parts]:
-    parts = Parts()
-    if hasattr(backend, "hook"):
-        before, backend.hook = backend.hook, lambda call: parts.add(call.kind, call.seconds)
-        try:
-            yield parts
-        finally:
-            backend.hook = before
-        return
-    watched = {name: kind for name, kind in _METHODS.items() if hasattr(backend, name)}
-    try:
-        for name, kind in watched.items():
-            setattr(backend, name, _timed(getattr(backend, name), kind, parts))
-        yield parts
-    finally:
-        for name in watched:
-            vars(backend).pop(name, None)
-
-
-def _timed(call: Callable[..., Any], kind: str, parts: Parts) -> Callable[..., Any]:
-    def timed(*arguments: Any) -> Any:
-        start = time.perf_counter()
-        result = call(*arguments)
-        parts.add(kind, time.perf_counter() - start)
-        return result
-
-    return timed

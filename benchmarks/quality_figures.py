@@ -15,7 +15,7 @@ from gtr_deploy.runtime import Pipeline
 from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.files import atomic_path
 from gtr_deploy.runtime.pictures.charts import BLUE, DARK, GREY, VERMILION, new_figure, plain, save_figure
-from gtr_deploy.runtime.pictures.trace import contact_sheet
+from gtr_deploy.runtime.pictures.sheet import contact_sheet
 from gtr_deploy.runtime.quality.digits import DigitSample, digit_figures, real_digits
 from gtr_deploy.runtime.quality.estimates import Estimate
 from gtr_deploy.runtime.quality.plot import Point, plot_front

@@ -25,9 +25,9 @@ from records import ORIGINAL, REFERENCES, append_record, environment, load_avera
 from report import markdown, newest, plot_points
 from roofline import Rates, measure_rates
 
-from gtr_deploy.runtime import PRESETS, Bundle, GtrError, Pipeline, SamplingPlan, UsageError
+from gtr_deploy.runtime import Bundle, GtrError, Pipeline, SamplingPlan, UsageError
 from gtr_deploy.runtime.commands.console import CommandGroup, Reporter, print_table
-from gtr_deploy.runtime.sampling.plan import preset, resolve
+from gtr_deploy.runtime.sampling.plan import preset, preset_names, resolve
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
 PROFILES = RESULTS.with_name("profile.jsonl")
@@ -219,8 +219,8 @@ def profile(folder: Path, plan: str, backend: str, batch_size: int, threads: int
 def _presets(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names or (text,):
-        if name not in PRESETS:
-            raise UsageError(f"plan {name!r} is not one of {', '.join(PRESETS)}")
+        if name not in preset_names():
+            raise UsageError(f"plan {name!r} is not one of {', '.join(preset_names())}")
     return names
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.errors import UsageError
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS
+from gtr_deploy.runtime.models.families import known_models
 
 SMALL: dict[str, Any] = {
     "stage_steps": (2, 1, 1),
@@ -45,8 +45,9 @@ def test_configurations_fit_the_model_and_differ() -> None:
     entries = quality_configurations.CONFIGURATIONS
     assert entries[0].name == script.BASE
     assert len({entry.name for entry in entries}) == len(entries)
+    model = known_models()["mar-digits"]
     plans = [
-        chosen_plan(entry.preset, entry.overrides, ARCHITECTURES["mar-digits"], PLAN_DEFAULTS["mar-digits"]).settings
+        chosen_plan(entry.preset, entry.overrides, model.architecture, model.plan_defaults).settings
         for entry in entries
     ]
     assert len({json.dumps({**plan.to_json(), "name": ""}) for plan in plans}) == len(entries)
