@@ -60,7 +60,7 @@ class OriginalContender:
         try:
             models = importlib.import_module("models.mar")
             self._create_diffusion: Callable[..., Any] = importlib.import_module("diffusion").create_diffusion
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
             raise GtrError(f"the original cannot be imported: {error}; see benchmarks/original.py") from None
         finally:
             sys.path.remove(str(folder.resolve()))

@@ -213,7 +213,8 @@ def profile(folder: Path, plan: str, backend: str, batch_size: int, threads: int
         [kind, f"{spent:.4f}", f"{spent / total:.2%}", "" if kind == HOST else str(parts.calls[kind])]
         for kind, spent in parts.seconds.items()
     ]
-    print_table(["part", "seconds", "share", "calls"], rows, f"{folder}, {plan}, {backend}, threads: {threads}")
+    click.echo(f"{folder}, {plan}, {backend}, threads: {threads}")
+    print_table(["part", "seconds", "share", "calls"], rows)
 
 
 def _presets(text: str) -> tuple[str, ...]:
