@@ -16,16 +16,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from ..runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from ..runtime.backends.protocol import Condition, DiffusionChain, Floats, Integers
+from ..runtime.backends.onnxruntime.backend import GraphInMemory, OnnxRuntimeBackend
+from ..runtime.backends.protocol import GraphCall
 from ..runtime.commands.console import Reporter
 from ..runtime.commands.timing import peak_memory
 from ..runtime.errors import BackendError, GtrError, UsageError
 from ..runtime.files import atomic_path, sha256
 from ..runtime.models.architecture import Architecture
-from ..runtime.sampling.loop import sample
+from ..runtime.models.conditioning import Arrays
+from ..runtime.sampling.chains import DiffusionChain, Floats, Integers
+from ..runtime.sampling.job import generation_job
+from ..runtime.sampling.loop import BackboneOutput, generate_on_host
 from ..runtime.sampling.noise import SeededNoise
 from ..runtime.sampling.plan import SamplingPlan
 from .data import CalibrationImages
@@ -61,84 +63,78 @@ class Collected:
         return {name: seen for layers in self.statistics.values() for name, seen in layers.items()}
 
 
-class CollectingBackend(OnnxRuntimeBackend):
-    """ONNX Runtime on the CPU, watching the inputs of quantisable layers.
+class Collector:
+    """Call hook that takes the statistics of what enters quantisable layers.
 
     Attributes:
-        ar_steps: indices of the AR steps to watch; all if None.
-        forced: float32 [B, L, C] that every chain of reverse steps is said to end in, after it has run; None to keep
-            what was sampled.
+        watched: graph kind to tensor to statistics.
+        layers: graph kind to layer name to the tensor that enters it.
     """
 
-    def __init__(
-        self, graphs: Mapping[str, Path], threads: int | None = None, ar_steps: frozenset[int] | None = None
-    ) -> None:
+    def __init__(self, graphs: Mapping[str, Path], ar_steps: frozenset[int] | None = None) -> None:
+        """
+        Args:
+            graphs: graph kind to float graph.
+            ar_steps: indices of the AR steps to watch; all if None.
+        """
         self.watched: dict[str, dict[str, Statistics]] = {}
         self.layers: dict[str, dict[str, str]] = {}
-        self.ar_steps, self.forced = ar_steps, None
-        self._ar_step = -1
-        self._predict: Integers = np.zeros((0, 0), dtype=np.int64)
-        self._kinds = {path: kind for kind, path in graphs.items()}
-        self.forced: Floats | None
-        super().__init__(graphs, threads, "cpu")
+        self.graphs: dict[str, Path | GraphInMemory] = {}
+        self._ar_steps, self._ar_step = ar_steps, -1
+        self._names: dict[str, list[str]] = {}
+        for kind, path in graphs.items():
+            self.graphs[kind] = self._watching(kind, path) if kind in QUANTISED_KINDS else path
 
-    def _open(self, path: Path, cuda_graph: bool = False) -> Any:
-        kind = self._kinds[path]
-        if kind not in QUANTISED_KINDS:
-            return super()._open(path, cuda_graph)
+    def _watching(self, kind: str, path: Path) -> GraphInMemory:
+        """A copy of the graph with the watched tensors as further outputs; in memory, so that the bundle stays."""
         model = read_graph(path)
         self.layers[kind] = {layer.name: layer.activation for layer in quantisable(model)}
         tensors = list(dict.fromkeys(self.layers[kind].values()))
         self.watched[kind] = {tensor: Statistics() for tensor in tensors}
         inputs = {value.name for value in model.graph.input}
-        element = onnx.TensorProto.FLOAT
         for tensor in tensors:
             if tensor not in inputs:
-                model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, element, None))
-        # From memory, so that nothing is written beside the bundle; its large weights stay in their file.
-        options = self._runtime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self._options.intra_op_num_threads
-        key = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(key, str(path.parent.resolve()))
-        try:
-            return self._runtime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's own exceptions share no base class
-            raise BackendError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+                value = onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
+                model.graph.output.append(value)
+        self._names[kind] = [value.name for value in model.graph.output]
+        return GraphInMemory(model.SerializeToString(), path)
 
-    def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        if kind not in self.watched:
-            return super().run(kind, inputs)
-        names = [output.name for output in self._sessions[kind].get_outputs()]
-        own = len(names) - sum(name in self.watched[kind] for name in names)
-        if self.ar_steps is not None and self._ar_step not in self.ar_steps:
-            with self._one_line_errors(kind):
-                return self._sessions[kind].run(names[:own], dict(inputs))
-        results = super().run(kind, inputs)
-        found = {**inputs, **dict(zip(names, results, strict=True))}
-        for tensor, statistics in self.watched[kind].items():
+    def __call__(self, call: GraphCall) -> None:
+        if call.kind == "backbone":
+            self._ar_step = self._ar_step + 1 if call.inputs["visible"].shape[1] else 0
+        if call.kind not in self.watched or (self._ar_steps is not None and self._ar_step not in self._ar_steps):
+            return
+        found = {**call.inputs, **dict(zip(self._names[call.kind], call.outputs, strict=True))}
+        for tensor, statistics in self.watched[call.kind].items():
             try:
                 statistics.add(found[tensor])
             except BackendError as error:
-                where = f"AR step {self._ar_step + 1}, {kind}, tensor {tensor}"
+                where = f"AR step {self._ar_step + 1}, {call.kind}, tensor {tensor}"
                 raise BackendError(f"{where}: {error}; run gtr-export verify on the bundle") from None
-        return results[:own]
 
-    def condition(
-        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
-    ) -> Condition:
-        self._ar_step = self._ar_step + 1 if visible.shape[1] else 0
-        self._predict = predict
-        return super().condition(tokens, visible, predict, context, labels)
 
-    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
-        sampled = super().denoise(condition, chain)
-        if self.forced is None:
-            return sampled
-        given = np.take_along_axis(self.forced, self._predict[:, :, None], axis=1)
-        return given.reshape(-1, given.shape[-1])[chain.rows]
+@dataclass(frozen=True)
+class _Given:
+    """Networks that go on from given latents [B, L, C] instead of from what they have sampled."""
+
+    networks: OnnxRuntimeBackend
+    latents: Floats
+
+    @property
+    def name(self) -> str:
+        return self.networks.name
+
+    def backbone(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays
+    ) -> BackboneOutput:
+        known = np.take_along_axis(self.latents, visible[:, :, None], axis=1)
+        return self.networks.backbone(known, visible, predict, context, conditioning)
+
+    def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
+        return self.networks.detail(z)
+
+    def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
+        return self.networks.denoise(z, chain)
 
 
 def collect(
@@ -174,11 +170,13 @@ def collect(
     if ar_steps is not None and not (ar_steps and ar_steps <= set(range(len(plan.steps)))):
         raise UsageError(f"AR steps {sorted(ar_steps)} are not in 0..{len(plan.steps) - 1}")
     wanted = {kind: graphs[kind] for kind in graphs if kind in (*QUANTISED_KINDS, "detail_score")}
-    backend = CollectingBackend(wanted, threads, ar_steps)
+    collector = Collector(wanted, ar_steps)
+    backend = OnnxRuntimeBackend(collector.graphs, threads, "cpu")
+    backend.hook = collector
     identity = _identity(wanted, plan, images, batch_size, ar_steps)
-    done = _resume(checkpoint, identity, backend) if checkpoint else 0
+    done = _resume(checkpoint, identity, collector) if checkpoint else 0
     resumed, start = done, peak_memory()
-    count, calls = len(images.labels), len(plan.steps)
+    count, calls = len(images.seeds), len(plan.steps)
     title = f"calibrate over {count} images, plan {plan.settings.name}"
     if resumed:
         reporter.say(f"{title}: {resumed} images are done already")
@@ -186,25 +184,19 @@ def collect(
         bar.to(done * calls)
         while done < count:
             part = slice(done, min(done + batch_size, count))
-            seeds = list(images.seeds[part])
-            backend.forced = None if images.latents is None else images.latents[part]
-            sample(
-                backend,
-                plan,
-                architecture,
-                list(images.labels[part]),
-                seeds,
-                SeededNoise(seeds, architecture.token_channels),
-                observer=lambda result: bar.advance(len(result.predicted)),
-            )
+            batch = images.part(part)
+            noise = SeededNoise(batch.seeds, architecture.token_channels)
+            job = generation_job(plan, architecture, batch.conditioning, batch.seeds, noise)
+            networks = backend if batch.latents is None else _Given(backend, batch.latents)
+            generate_on_host(networks, job, lambda result: bar.advance(len(result.predicted)))
             done = part.stop
             if checkpoint:
-                _store(checkpoint, identity, done, backend)
+                _store(checkpoint, identity, done, collector)
     grown = max(0, peak_memory() - start)
     reporter.say(f"{title}: peak memory rose by {grown / 2**20:.0f} MiB")
     statistics = {
-        kind: {name: backend.watched[kind][tensor] for name, tensor in layers.items()}
-        for kind, layers in backend.layers.items()
+        kind: {name: collector.watched[kind][tensor] for name, tensor in layers.items()}
+        for kind, layers in collector.layers.items()
     }
     return Collected(statistics, count, resumed, grown)
 
@@ -217,11 +209,10 @@ def _identity(
     ar_steps: frozenset[int] | None,
 ) -> str:
     """Hash of everything that the statistics depend on."""
-    latents = None if images.latents is None else hashlib.sha256(images.latents.tobytes()).hexdigest()
     depends = {
         "graphs": {kind: [sha256(path), _data_size(path)] for kind, path in graphs.items()},
         "plan": plan.settings.to_json(),
-        "images": [images.labels, images.seeds, latents],
+        "images": images.identity,
         "batch_size": batch_size,
         "ar_steps": sorted(ar_steps) if ar_steps is not None else None,
         "statistics": [BINS, SAMPLES],
@@ -234,9 +225,9 @@ def _data_size(path: Path) -> int:
     return data.stat().st_size if data.is_file() else 0
 
 
-def _store(path: Path, identity: str, done: int, backend: CollectingBackend) -> None:
+def _store(path: Path, identity: str, done: int, collector: Collector) -> None:
     arrays: dict[str, Any] = {"identity": np.array(identity), "done": np.array(done)}
-    for kind, tensors in backend.watched.items():
+    for kind, tensors in collector.watched.items():
         for index, seen in enumerate(tensors.values()):
             arrays[f"{kind}.{index}.numbers"] = seen.numbers()
             arrays[f"{kind}.{index}.bins"] = seen.bins
@@ -245,8 +236,8 @@ def _store(path: Path, identity: str, done: int, backend: CollectingBackend) -> 
         np.savez_compressed(temporary, **arrays)
 
 
-def _resume(path: Path, identity: str, backend: CollectingBackend) -> int:
-    """Fills the backend's statistics; number of images done, 0 where the file is another run's, damaged or missing."""
+def _resume(path: Path, identity: str, collector: Collector) -> int:
+    """Fills the collector's statistics; images done, 0 where the file is another run's, damaged or missing."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             if str(stored["identity"]) != identity:
@@ -256,7 +247,7 @@ def _resume(path: Path, identity: str, backend: CollectingBackend) -> int:
                     tensor: Statistics.of(*(stored[f"{kind}.{i}.{part}"] for part in ("numbers", "bins", "channels")))
                     for i, tensor in enumerate(tensors)
                 }
-                for kind, tensors in backend.watched.items()
+                for kind, tensors in collector.watched.items()
             }
             done = int(stored["done"])
     except (OSError, ValueError, KeyError, EOFError, GtrError):
@@ -265,5 +256,5 @@ def _resume(path: Path, identity: str, backend: CollectingBackend) -> int:
         if type(error).__name__ == "BadZipFile":
             return 0
         raise
-    backend.watched.update(found)
+    collector.watched.update(found)
     return done

@@ -15,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from ..runtime.backends.protocol import Condition, DiffusionChain, Floats, Integers
-from ..runtime.errors import BackendError, UsageError
+from ..runtime.backends.protocol import GraphCall
+from ..runtime.errors import BackendError
 from ..runtime.models.architecture import Architecture
-from ..runtime.sampling.diffusion import COEFFICIENTS, cosine_betas
-from ..runtime.sampling.loop import sample
+from ..runtime.models.graphs import COEFFICIENTS
+from ..runtime.sampling.chains import Floats
+from ..runtime.sampling.diffusion import cosine_betas
+from ..runtime.sampling.job import GenerationJob, generation_job
 from ..runtime.sampling.noise import SeededNoise
 from ..runtime.sampling.plan import SamplingPlan
+from .data import CalibrationImages
 
 #: x0 = 0 x - 1 eps; x_next = 1 x0 + 0 x + no noise.
 _ONLY_EPS = {"sqrt_recipm1_alpha_bar": 1.0, "posterior_mean_x0": 1.0}
@@ -41,15 +44,14 @@ class Probes:
         inputs: graph kind to inputs of a few calls, spread over AR steps and diffusion timesteps.
         expected: graph kind to the float outputs: z [G, B, P, D], guided eps [N, C].
         timesteps: largest diffusion timestep of each call of the head.
-        labels, seeds: the images they come from.
+        images: that they come from.
         latents: float32 [n, L, C], the float graphs' images.
     """
 
     inputs: dict[str, list[Call]]
     expected: dict[str, list[Floats]]
     timesteps: tuple[int, ...]
-    labels: tuple[int, ...]
-    seeds: tuple[int, ...]
+    images: CalibrationImages
     latents: Floats
 
     def error(self, kind: str, found: Sequence[Floats]) -> float:
@@ -75,44 +77,37 @@ class Probes:
         return {t: relative_error(*zip(*grouped[t], strict=True)) for t in sorted(grouped, reverse=True)}
 
 
-class _Recorder(OnnxRuntimeBackend):
-    """Keeps the inputs of some calls."""
+class _Recorder:
+    """Call hook that keeps the inputs of some calls."""
 
-    def __init__(self, graphs: Mapping[str, Path], threads: int | None, ar_steps: frozenset[int], calls: int) -> None:
-        self.inputs: dict[str, list[Call]] = {"backbone": [], "diffusion_step": []}
-        self._ar_steps, self._calls = ar_steps, calls
-        self._ar_step, self._wanted, self._call = -1, frozenset[int](), 0
-        super().__init__(graphs, threads, "cpu")
+    def __init__(self, plan: SamplingPlan, ar_steps: frozenset[int], calls: int) -> None:
+        self.inputs: dict[str, list[Call]] = {kind: [] for kind in _PROBED}
+        self._ar_step, self._call = -1, 0
+        counts = {index: step.head_calls for index, step in enumerate(plan.steps) if index in ar_steps}
+        #: AR step to the reverse steps of it that are kept.
+        self._wanted = {
+            index: frozenset(np.linspace(0, total - 1, min(calls, total)).astype(int).tolist())
+            for index, total in counts.items()
+        }
 
-    def condition(
-        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
-    ) -> Condition:
-        self._ar_step = self._ar_step + 1 if visible.shape[1] else 0
-        return super().condition(tokens, visible, predict, context, labels)
-
-    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
-        total = sum(len(segment.timesteps) for segment in chain.segments)
-        self._wanted = frozenset(np.linspace(0, total - 1, min(self._calls, total)).astype(int).tolist())
-        self._call = 0
-        return super().denoise(condition, chain)
-
-    def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        if kind == "diffusion_step":
-            wanted = self._call in self._wanted
-            self._call += 1
+    def __call__(self, call: GraphCall) -> None:
+        if call.kind not in self.inputs:
+            return
+        if call.kind == "backbone":
+            self._ar_step, self._call = self._ar_step + 1, 0
+            wanted = self._ar_step in self._wanted
         else:
-            wanted = kind == "backbone"
-        if wanted and self._ar_step in self._ar_steps:
-            self.inputs[kind].append({name: np.array(value) for name, value in inputs.items()})
-        return super().run(kind, inputs)
+            wanted = self._call in self._wanted.get(self._ar_step, ())
+            self._call += 1
+        if wanted:
+            self.inputs[call.kind].append({name: np.array(value) for name, value in call.inputs.items()})
 
 
 def record(
     architecture: Architecture,
     graphs: Mapping[str, Path],
     plan: SamplingPlan,
-    labels: Sequence[int],
-    seeds: Sequence[int],
+    images: CalibrationImages,
     threads: int | None = None,
     ar_steps: int = 6,
     calls: int = 5,
@@ -123,25 +118,29 @@ def record(
         architecture: the model.
         graphs: graph kind to float graph.
         plan: resolved for the model.
-        labels, seeds: one batch of images.
+        images: one batch.
         threads: of one call.
         ar_steps: number of AR steps to keep calls of, evenly spread.
         calls: reverse steps to keep of each of them, evenly spread.
     """
-    if not labels:
-        raise UsageError("no images to compare on; give at least 1")
     chosen = np.linspace(0, len(plan.steps) - 1, min(ar_steps, len(plan.steps))).astype(int)
     wanted = {kind: path for kind, path in graphs.items() if kind in _SAMPLED}
-    backend = _Recorder(wanted, threads, frozenset(chosen.tolist()), calls)
-    noise = SeededNoise(seeds, architecture.token_channels)
-    latents = sample(backend, plan, architecture, list(labels), list(seeds), noise)
-    for call in backend.inputs["diffusion_step"]:
+    backend = OnnxRuntimeBackend(wanted, threads, "cpu")
+    recorder = _Recorder(plan, frozenset(chosen.tolist()), calls)
+    backend.hook = recorder
+    latents = backend.generate(_job(architecture, plan, images))
+    for call in recorder.inputs["diffusion_step"]:
         call["coefficients"] = np.zeros_like(call["coefficients"])
         for name, value in _ONLY_EPS.items():
             call["coefficients"][:, COEFFICIENTS.index(name)] = value
-    expected = {kind: outputs(graphs[kind], calls, threads) for kind, calls in backend.inputs.items()}
-    timesteps = tuple(int(call["timestep"].max()) for call in backend.inputs["diffusion_step"])
-    return Probes(backend.inputs, expected, timesteps, tuple(labels), tuple(seeds), latents)
+    expected = {kind: outputs(graphs[kind], calls, threads) for kind, calls in recorder.inputs.items()}
+    timesteps = tuple(int(call["timestep"].max()) for call in recorder.inputs["diffusion_step"])
+    return Probes(recorder.inputs, expected, timesteps, images, latents)
+
+
+def _job(architecture: Architecture, plan: SamplingPlan, images: CalibrationImages) -> GenerationJob:
+    noise = SeededNoise(images.seeds, architecture.token_channels)
+    return generation_job(plan, architecture, images.conditioning, images.seeds, noise)
 
 
 def outputs(graph: Path, calls: Sequence[Call], threads: int | None = None, optimised: bool = True) -> list[Floats]:
@@ -169,12 +168,11 @@ def image_errors(
     architecture: Architecture, backend: OnnxRuntimeBackend, plan: SamplingPlan, probes: Probes
 ) -> NDArray[np.float64]:
     """Relative error of each image's latents against the float graphs' [n]; infinite where the chain overflowed."""
-    noise = SeededNoise(probes.seeds, architecture.token_channels)
     try:
-        found = sample(backend, plan, architecture, list(probes.labels), list(probes.seeds), noise)
+        found = backend.generate(_job(architecture, plan, probes.images))
     except BackendError as error:
         if "not finite" not in str(error):
             raise
-        return np.full(len(probes.labels), np.inf)
+        return np.full(len(probes.latents), np.inf)
     difference = np.linalg.norm((found - probes.latents).reshape(len(found), -1).astype(np.float64), axis=1)
     return difference / np.linalg.norm(probes.latents.reshape(len(found), -1), axis=1)

@@ -90,14 +90,13 @@ def calibration_key(
         stages: the keys of the graphs of each source, from their manifests: float32 and, where there is one, float16.
         max_batch: the source's.
     """
-    latents = None if images.latents is None else hashlib.sha256(images.latents.tobytes()).hexdigest()
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
     depends = {
         "stages": [[dict(keys) for keys in stages], max_batch],
         "settings": [request.precision, request.plan, request.keep, request.method, request.percentile],
-        "images": [images.labels, images.seeds, latents, request.batch_size, request.compared],
+        "images": [images.identity, request.batch_size, request.compared],
         "code": code.hexdigest(),
         "tools": [version("onnx"), _runtime_version()],
     }
@@ -167,9 +166,8 @@ def bench_of(request: CalibrationRequest, flavour: str, reporter: Reporter) -> B
 def compared_images(request: CalibrationRequest, prepared: Prepared) -> Probes:
     """Float generations to measure errors on, of other seeds than calibration's."""
     architecture = prepared.bundle.architecture
-    images = calibration_images(architecture, request.compared, first_seed=0)
-    graphs, labels = prepared.graphs, images.labels
-    return record(architecture, graphs, prepared.plan, labels, images.seeds, request.threads)
+    images = calibration_images(architecture, prepared.bundle.conditioner, request.compared, first_seed=0)
+    return record(architecture, prepared.graphs, prepared.plan, images, request.threads)
 
 
 def _write(

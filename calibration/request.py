@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runtime.bundle.reader import Bundle
 from ..runtime.errors import UsageError
+from ..runtime.models.conditioning import Request
 from ..runtime.models.graphs import QUANTISED
 from ..runtime.sampling.plan import SamplingPlan, preset, resolve
 from .collect import BATCH
@@ -31,7 +32,7 @@ class CalibrationRequest:
         keep: ``auto`` or a number of layers, see :func:`~.sensitivity.choose_kept`.
         method: one of ``ranges.METHODS``; :data:`METHOD_OF` if None.
         percentile: of method ``percentile``.
-        labels, latents: see :func:`~.data.calibration_images`.
+        requests, latents: see :func:`~.data.calibration_images`.
         batch_size: images per batch.
         compared: images that errors are measured on; their seeds count from 0.
         threads: of one call.
@@ -47,7 +48,7 @@ class CalibrationRequest:
     keep: int | str = "auto"
     method: str | None = None
     percentile: float = DEFAULT_PERCENTILE
-    labels: Sequence[int] | None = None
+    requests: Sequence[Request] | None = None
     latents: Path | None = None
     batch_size: int = BATCH
     compared: int = 4
@@ -92,7 +93,9 @@ def prepare(request: CalibrationRequest) -> Prepared:
         raise UsageError(f"{request.source} is {source.precision}; calibration starts from an fp32 bundle")
     architecture = source.architecture
     plan = resolve(preset(request.plan, architecture, source.plan_defaults), architecture)
-    images = calibration_images(architecture, request.images, request.labels, latents=request.latents)
+    images = calibration_images(
+        architecture, source.conditioner, request.images, request.requests, latents=request.latents
+    )
     return Prepared(source, source.graph_paths(), _float16(request, source), plan, images)
 
 

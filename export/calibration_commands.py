@@ -13,7 +13,7 @@ from ..runtime.commands.console import Reporter, print_json, print_table
 from ..runtime.commands.option_groups import given, with_options
 from ..runtime.errors import UsageError
 from ..runtime.models.graphs import QUANTISED
-from ..runtime.sampling.plan import PRESETS
+from ..runtime.sampling.plan import preset_names
 
 _PATH = click.Path(path_type=Path)
 _METHODS = ("max", "percentile", "entropy", "mse")
@@ -38,7 +38,7 @@ BUILD_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
     (
         "--calibration-plan",
         "plan",
-        click.Choice(tuple(PRESETS)),
+        click.Choice(preset_names()),
         "gtr",
         "int8, fp8: preset that they are sampled with.",
     ),
@@ -88,15 +88,13 @@ def check_calibration(precision: str, calibration: dict[str, Any]) -> None:
 def _request(bundle: Path, out: Path | None, precision: str, calibration: dict[str, Any], force: bool = False) -> Any:
     from ..calibration.request import CalibrationRequest
     from ..runtime.bundle.reader import Bundle
-    from ..runtime.models.class_names import parse_classes
 
     settings = dict(calibration)
     classes = settings.pop("classes", None)
-    architecture = Bundle.load(bundle).architecture
-    labels = None if classes is None else parse_classes(classes, architecture.label_names, architecture.classes)
+    requests = None if classes is None else Bundle.load(bundle).conditioner.parse(classes)
     stem = bundle.name.removesuffix("-fp32")
     target = out or bundle.resolve().parent / f"{stem}-{precision}"
-    return CalibrationRequest(bundle, target, precision, labels=labels, force=force, **settings)
+    return CalibrationRequest(bundle, target, precision, requests=requests, force=force, **settings)
 
 
 @click.command()

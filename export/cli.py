@@ -11,6 +11,7 @@ import click
 from ..runtime.bundle.engine_sets import FLAVOURS
 from ..runtime.commands.console import CommandGroup, Reporter, print_json, print_table
 from ..runtime.errors import BundleError, GtrError
+from ..runtime.models.families import known_models
 from ..runtime.models.graphs import PRECISIONS
 from .calibration_commands import BUILD_OPTIONS, calibrate, calibration_options, check_calibration, sensitivity
 from .engines.options import engine_options
@@ -19,7 +20,7 @@ _PATH = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 _checkpoint_option = click.option("--checkpoint", type=_PATH, help="MAR weights: .pth or .safetensors.")
 _vae_option = click.option("--vae", type=_PATH, help="KL-16 VAE weights: .ckpt, .pth or .safetensors.")
-_MODELS = ("mar-b", "mar-l", "mar-h", "mar-digits")
+_MODELS = tuple(known_models())
 
 
 @click.group(cls=CommandGroup, name="gtr-export", context_settings={"help_option_names": ["-h", "--help"]})

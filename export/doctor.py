@@ -11,6 +11,7 @@ from typing import Any
 
 from ..runtime.commands.doctor import Finding
 from ..runtime.files import cache_dir
+from ..runtime.models.families import family_of
 from .zoo import MODELS, ModelEntry, WeightSource
 
 #: package, what it is for, how to get it
@@ -77,28 +78,15 @@ def model_rows() -> list[dict[str, Any]]:
         rows.append(
             {
                 "model": name,
-                "parameters": parameter_count(name),
+                "parameters": family_of(a).parameters(a),
                 "tokens": a.tokens,
                 "width": a.width,
-                "depth": f"{a.depth}+{a.depth}",
+                "family": a.family,
                 "head": f"{a.head_depth}x{a.head_width}",
                 "image": f"{a.image_size[1]}x{a.image_size[0]}",
-                "classes": a.classes,
+                "asked for": entry.model.conditioner.summary,
                 "cfg": entry.plan_defaults["cfg"],
                 "weights": "; ".join(describe_source(*pair) for pair in _sources(name, entry)) or "in the package",
             }
         )
     return rows
-
-
-def parameter_count(name: str) -> int:
-    """Parameters of backbone and head, counted from the architecture alone."""
-    a = MODELS[name].architecture
-    d, w, c = a.width, a.head_width, a.token_channels
-    block = 12 * d * d + 13 * d
-    embeddings = (a.classes + 2) * d + 2 * (a.buffer + a.tokens) * d + a.tokens * d
-    projections = (c * d + d) + 2 * d + 2 * d + (d * d + d) + 2 * d
-    head_block = 2 * w + 2 * (w * w + w) + 3 * (w * w + w)
-    head = (256 * w + w) + (w * w + w) + (d * w + w) + (c * w + w) + a.head_depth * head_block
-    head += 2 * (w * w + w) + (w * 2 * c + 2 * c)
-    return 2 * a.depth * block + embeddings + projections + head

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
+from ..runtime.models.architecture import Architecture
+from ..runtime.models.families import known_models
+from ..runtime.models.family import KnownModel
 
 MEBIBYTE = 2**20
 
@@ -31,21 +33,26 @@ class ModelEntry:
     """One model of the zoo.
 
     Attributes:
-        architecture: sizes.
+        model: sizes, what it can be asked for, and what its plans start from.
         checkpoint: published weights; None where they ship with the package.
         vae: published VAE; None where the model needs none.
         shipped: weights inside the package, or None.
     """
 
-    architecture: Architecture
+    model: KnownModel
     checkpoint: WeightSource | None = None
     vae: WeightSource | None = None
     shipped: Path | None = None
 
     @property
+    def architecture(self) -> Architecture:
+        """Sizes."""
+        return self.model.architecture
+
+    @property
     def plan_defaults(self) -> dict[str, Any]:
-        """Settings that plans on this model start from (``runtime.plan.preset``)."""
-        return PLAN_DEFAULTS[self.architecture.name]
+        """Settings that plans on this model start from (``runtime.sampling.plan.preset``)."""
+        return dict(self.model.plan_defaults)
 
 
 _BASE = "https://www.dropbox.com/scl/fi/"
@@ -58,7 +65,7 @@ KL16 = WeightSource(
 
 def _mar(name: str, path: str, folder: str, mebibytes: int) -> ModelEntry:
     return ModelEntry(
-        architecture=ARCHITECTURES[name],
+        model=known_models()[name],
         checkpoint=WeightSource(_BASE + path, f"pretrained_models/mar/{folder}/checkpoint-last.pth", mebibytes),
         vae=KL16,
     )
@@ -84,7 +91,7 @@ MODELS: dict[str, ModelEntry] = {
         7191,
     ),
     "mar-digits": ModelEntry(
-        architecture=ARCHITECTURES["mar-digits"],
+        model=known_models()["mar-digits"],
         shipped=Path(__file__).parent / "data" / "mar_digits.safetensors",
     ),
 }

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.protocol import Backend, DeviceBackend, Floats, Integers
+from .backends.protocol import Backend
 from .backends.registry import BackendOptions, open_backend, resolve_backend
 from .bundle.reader import Bundle
 from .errors import UsageError
 from .models.architecture import Architecture
-from .sampling.loop import Observer, sample
+from .models.conditioning import Conditioner, Request
+from .sampling.chains import Floats, Integers
+from .sampling.job import Observer, generation_job
 from .sampling.noise import NoiseSource, SeededNoise, checked_seed
 from .sampling.plan import PlanSettings, SamplingPlan, preset, resolve
 
@@ -26,14 +28,14 @@ class Generation:
     Attributes:
         images: uint8 [n, H, W, 3].
         latents: float32 [n, L, C].
-        labels: class of each image.
+        requests: what each image was asked to be; a class index where the model has classes.
         seeds: seed of each image.
         plan: what was run.
     """
 
     images: NDArray[np.uint8]
     latents: Floats
-    labels: tuple[int, ...]
+    requests: tuple[Request, ...]
     seeds: tuple[int, ...]
     plan: SamplingPlan
 
@@ -48,12 +50,14 @@ class Pipeline:
     def __init__(
         self,
         architecture: Architecture,
-        backend: Backend | DeviceBackend,
+        conditioner: Conditioner,
+        backend: Backend,
         plan_defaults: dict | None = None,
         max_batch: int = 8,
         backend_why: str | None = None,
     ) -> None:
         self.architecture = architecture
+        self.conditioner = conditioner
         self.backend = backend
         self.plan_defaults = dict(plan_defaults or {})
         self.max_batch = max_batch
@@ -86,12 +90,7 @@ class Pipeline:
             bundle = Bundle.load(Path(bundle))
         options, why = resolve_backend(bundle, BackendOptions(backend, provider, threads, device, cuda_graph))
         engine = open_backend(bundle, options, checksums)
-        return cls(bundle.architecture, engine, dict(bundle.plan_defaults), bundle.max_batch, why)
-
-    @property
-    def runs_whole_generations(self) -> bool:
-        """Whether the backend keeps whole generations on its device."""
-        return isinstance(self.backend, DeviceBackend)
+        return cls(bundle.architecture, bundle.conditioner, engine, dict(bundle.plan_defaults), bundle.max_batch, why)
 
     def warm_up(self, plan: str | PlanSettings | SamplingPlan = "gtr", batch_size: int | None = None) -> None:
         """Walks the plan's shapes once, so that no later generation waits for contexts, kernels or CUDA graphs.
@@ -102,14 +101,11 @@ class Pipeline:
             plan: see :meth:`plan`.
             batch_size: the bundle's ``max_batch`` by default.
         """
-        if isinstance(self.backend, DeviceBackend):
-            self.backend.warm_up(self.plan(plan), self.max_batch if batch_size is None else batch_size)
+        self.backend.warm_up(self.plan(plan), self.max_batch if batch_size is None else batch_size)
 
     def close(self) -> None:
         """Gives a GPU's memory back; nothing works after this. Backends on the CPU have nothing to give back."""
-        close = getattr(self.backend, "close", None)
-        if close is not None:
-            close()
+        self.backend.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -130,7 +126,7 @@ class Pipeline:
 
     def generate(
         self,
-        labels: Sequence[int],
+        requests: Sequence[Request],
         seeds: Sequence[int] | None = None,
         plan: str | PlanSettings | SamplingPlan = "gtr",
         batch_size: int | None = None,
@@ -139,11 +135,11 @@ class Pipeline:
         observer: Callable[[int], Observer | None] | None = None,
         finished: Callable[[int], None] | None = None,
     ) -> Generation:
-        """Generates one image per label.
+        """Generates one image per request.
 
         Args:
-            labels: class indices.
-            seeds: one per image; 0, 1, 2, ... by default. The same seed, class and plan give the same image, whatever
+            requests: what the images shall be: class indices where the model has classes.
+            seeds: one per image; 0, 1, 2, ... by default. The same seed, request and plan give the same image, whatever
                 else is generated with it.
             plan: see :meth:`plan`.
             batch_size: images per batch; the bundle's ``max_batch`` by default.
@@ -154,46 +150,39 @@ class Pipeline:
             finished: called after each batch with the number of images made so far.
 
         Raises:
-            UsageError: labels, seeds, sizes or the plan are out of range.
+            UsageError: requests, seeds, sizes or the plan are out of range.
             BackendError: an engine fails, or gives values that are not finite.
         """
         resolved = self.plan(plan)
-        count = len(labels)
+        count = len(requests)
         if count == 0:
-            raise UsageError("no labels: nothing to generate")
-        for label in labels:
-            if isinstance(label, bool) or not isinstance(label, int | np.integer):
-                raise UsageError(f"class {label!r} is not a whole number")
-            if not 0 <= label < self.architecture.classes:
-                raise UsageError(f"class {label} is not in 0..{self.architecture.classes - 1}")
+            raise UsageError("no requests: nothing to generate")
+        asked = [self.conditioner.checked(request) for request in requests]
         seeds = list(range(count)) if seeds is None else [checked_seed(seed) for seed in seeds]
         if len(seeds) != count:
-            raise UsageError(f"{len(seeds)} seeds for {count} labels; give one seed per image")
+            raise UsageError(f"{len(seeds)} seeds for {count} images; give one seed per image")
         size = min(count, self.max_batch) if batch_size is None else batch_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UsageError(f"batch size {size!r} is not a whole number of at least 1")
         if noise is not None and size < count:
             raise UsageError(f"a noise source needs all {count} images in one batch, the batch size is {size}")
         if orders is not None and len(orders) != count:
-            raise UsageError(f"{len(orders)} orders for {count} labels; give one order per image")
+            raise UsageError(f"{len(orders)} orders for {count} images; give one order per image")
 
         images, latents = [], []
         for start in range(0, count, size):
             part = slice(start, min(start + size, count))
-            batch = sample(
-                self.backend,
+            job = generation_job(
                 resolved,
                 self.architecture,
-                list(labels[part]),
+                self.conditioner.arrays(asked[part]),
                 seeds[part],
                 noise or SeededNoise(seeds[part], self.architecture.token_channels),
                 None if orders is None else orders[part],
-                observer(start) if observer else None,
             )
+            batch = self.backend.generate(job, observer(start) if observer else None)
             latents.append(batch)
             images.append(self.backend.decode(batch))
             if finished is not None:
                 finished(part.stop)
-        return Generation(
-            np.concatenate(images), np.concatenate(latents), tuple(int(x) for x in labels), tuple(seeds), resolved
-        )
+        return Generation(np.concatenate(images), np.concatenate(latents), tuple(asked), tuple(seeds), resolved)

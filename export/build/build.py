@@ -16,12 +16,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ...runtime.bundle.reader import FORMAT, MANIFEST, SCHEMA, Bundle, GraphFiles, StoredFile, data_file, stored_graph
 from ...runtime.bundle.staged import lock, partial_folder, settle, swap
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import BundleError, GtrError, UsageError
 from ...runtime.files import link_or_copy, read_json, write_json
-from ...runtime.models.graphs import OPSETS, PRECISIONS, QUANTISED, GraphSpec, graph_specs
+from ...runtime.models.families import graph_specs
+from ...runtime.models.graphs import OPSETS, PRECISIONS, QUANTISED, GraphSpec
 from ..zoo import MODELS, ModelEntry
 from .sources import Weights, resolve_weights
 
@@ -176,7 +179,7 @@ def _stage_key(spec: GraphSpec, request: BuildRequest, entry: ModelEntry, weight
     source = _WEIGHTS_OF.get(spec.kind)
     depends = {
         "kind": spec.kind,
-        "model": entry.architecture.to_json(),
+        "model": msgspec.to_builtins(entry.architecture),
         "precision": request.precision,
         "opset": OPSETS[request.precision],
         "contract": spec.to_json(),
@@ -250,7 +253,8 @@ def _manifest(
     return {
         "format": FORMAT,
         "schema": SCHEMA,
-        "model": entry.architecture.to_json(),
+        "model": msgspec.to_builtins(entry.architecture),
+        "conditioning": msgspec.to_builtins(entry.model.conditioner),
         "precision": {
             "name": request.precision,
             "networks": request.precision,

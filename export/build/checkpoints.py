@@ -26,10 +26,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...runtime.errors import GtrError
-from ...runtime.models.architecture import ARCHITECTURES, Architecture
-from ..graphs.backbone import Backbone
-from ..graphs.decoders import Kl16Decoder
-from ..graphs.diffusion_head import DiffusionHead
+from ...runtime.models.architecture import Architecture
+from ...runtime.models.families import known_models
+from ...runtime.models.mar import MarArchitecture
+from ..families import export_family
+from ..graphs.decoders import build_decoder
 
 HEAD_PREFIX = "diffloss.net."
 VAE_UNUSED = ("encoder.", "quant_conv.", "loss.", "model_ema.")
@@ -83,7 +84,7 @@ def load_vae_decoder(path: Path, architecture: Architecture) -> dict[str, Tensor
     Raises:
         GtrError: no such file, not a checkpoint, a pickle with code in it, or not a KL-16 VAE.
     """
-    if architecture.decoder == "patches":
+    if not architecture.decoder.has_weights:
         return {}
     content, _ = _read(path)
     nested = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
@@ -174,17 +175,17 @@ def _printable(text: str) -> str:
 
 def expected_mar(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of a MAR state dict in the official layout."""
+    networks = export_family(architecture).networks.values()
     with torch.device("meta"):
-        backbone, head = Backbone(architecture), DiffusionHead(architecture)
-    return {**_shapes(backbone, ""), **_shapes(head, HEAD_PREFIX)}
+        return {key: shape for row in networks for key, shape in _shapes(row.build(architecture), row.prefix).items()}
 
 
 def expected_vae_decoder(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the VAE's decoder; empty for a model that decodes by itself."""
-    if architecture.decoder == "patches":
+    if not architecture.decoder.has_weights:
         return {}
     with torch.device("meta"):
-        return _shapes(Kl16Decoder(architecture), "")
+        return _shapes(build_decoder(architecture), "")
 
 
 def _shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -221,7 +222,7 @@ def _size(shape: Sequence[int]) -> str:
 
 def _mar_hint(state: Mapping[Any, Any], architecture: Architecture) -> str:
     found = looks_like(state)
-    if found in ARCHITECTURES and found != architecture.name:
+    if found in known_models() and found != architecture.name:
         return f"this looks like {found}, try --model {found}"
     if "decoder.conv_in.weight" in state:
         return "this looks like the VAE, give it with --vae"
@@ -236,7 +237,10 @@ def looks_like(state: Mapping[Any, Any]) -> str | None:
         return None
     depth, head_depth = (_blocks(state, prefix) for prefix in ("encoder_blocks.", HEAD_PREFIX + "res_blocks."))
     sizes = (*embedding, depth, projection[0], head_depth)
-    for name, known in ARCHITECTURES.items():
+    for name, model in known_models().items():
+        known = model.architecture
+        if not isinstance(known, MarArchitecture):
+            continue
         if sizes == (known.classes, known.width, known.depth, known.head_width, known.head_depth):
             return name
     return "an unknown MAR"

@@ -35,7 +35,7 @@ def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
         threads=choices.threads,
         force=request.force,
     )
-    images = calibration_images(entry.architecture, choices.images)
+    images = calibration_images(entry.architecture, entry.model.conditioner, choices.images)
     weights = resolve_weights(request.model, entry, request.checkpoint, request.vae, request.random_weights, reporter)
     requests = [replace(request, precision=name, out=out, force=False) for name, out in sources.items()]
     keys = [stage_keys(part, weights) for part in requests]

@@ -46,7 +46,7 @@ class Weights:
         path = self.checkpoint_path if source == "checkpoint" else self.vae_path
         if path is not None:
             return file_sha256(path)
-        if self.random_seed is None or (source == "vae" and self.architecture.decoder == "patches"):
+        if self.random_seed is None or (source == "vae" and not self.architecture.decoder.has_weights):
             return "none"
         return f"random:{self.random_seed}"
 
@@ -69,7 +69,7 @@ class Weights:
 
     def vae(self) -> Mapping[str, Tensor]:
         """The VAE decoder's state dict; empty where the model has none."""
-        if self.architecture.decoder == "patches":
+        if not self.architecture.decoder.has_weights:
             return {}
         if "vae" not in self._loaded:
             from .checkpoints import load_vae_decoder, random_vae_decoder

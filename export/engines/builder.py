@@ -22,7 +22,8 @@ from ...runtime.errors import BundleError, GtrError, PlanError, UsageError
 from ...runtime.files import read_json, write_json
 from ...runtime.machine.examine import Machine, examine_machine
 from ...runtime.models.architecture import Architecture
-from ...runtime.models.graphs import GraphSpec, graph_specs
+from ...runtime.models.families import graph_specs
+from ...runtime.models.graphs import GraphSpec
 from ...runtime.sampling.plan import PlanSettings, SamplingPlan, preset, resolve
 from ...runtime.sampling.shapes import Profile, described, profiles
 from .audit import counted, float32_problem

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...runtime.models.architecture import Architecture
+from ...runtime.models.mar import MarArchitecture
 from .layers import Block, LayerNorm, Linear
 
 
 class Backbone(nn.Module):
     """MAR encoder and decoder. Attribute names are the checkpoint's keys."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: MarArchitecture) -> None:
         super().__init__()
         width, slots = architecture.width, architecture.buffer + architecture.tokens
         self.buffer = architecture.buffer
@@ -49,13 +49,17 @@ class Backbone(nn.Module):
         Returns:
             float32 [G, B, P, D].
         """
-        branches, batch = labels.shape
+        names = torch.cat([self.class_emb.weight, self.fake_latent])
+        return self.vectors(tokens, visible, predict, context, F.embedding(labels, names))
+
+    def vectors(self, tokens: Tensor, visible: Tensor, predict: Tensor, context: Tensor, embedding: Tensor) -> Tensor:
+        """The same from the embedding [G, B, D] that the buffer holds copies of."""
+        branches, batch, _ = embedding.shape
         known, predicted = visible.shape[1], predict.shape[1]
         width = self.fake_latent.shape[1]
 
         # Everything that does not depend on the branch is computed once per image, then repeated.
         positions = self.encoder_pos_embed_learned[0]
-        embedding = F.embedding(labels, torch.cat([self.class_emb.weight, self.fake_latent]))
         buffer = embedding.unsqueeze(2) + positions[: self.buffer]
         buffer = self.z_proj_ln(buffer).reshape(branches * batch, self.buffer, width)
         image = self.z_proj_ln(self.z_proj(tokens).float() + F.embedding(visible + self.buffer, positions))

@@ -12,9 +12,6 @@ from torch.nn import functional as F
 from ...runtime.models.architecture import Architecture
 from .layers import Conv2d
 
-LATENT_SCALE = 0.2325
-"""MAR's latents are the VAE's times this (main_mar.py)."""
-
 
 class GroupNorm(nn.GroupNorm):
     """32 groups, eps 1e-6, always in float32."""
@@ -128,12 +125,15 @@ class Kl16Decoder(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.grid, self.channels = architecture.grid, architecture.token_channels
+        self.scale, self.shift = architecture.decoder.scale, architecture.decoder.shift
         self.post_quant_conv = Conv2d(self.channels, self.channels, 1)
         self.decoder = _Kl16Convolutions(self.channels)
 
     def image(self, latents: Tensor) -> Tensor:
         """The decoded image [B, 3, H, W], about -1..1, before clipping."""
-        grid = latents.reshape(-1, *self.grid, self.channels).permute(0, 3, 1, 2) / LATENT_SCALE
+        grid = latents.reshape(-1, *self.grid, self.channels).permute(0, 3, 1, 2) / self.scale
+        if self.shift:
+            grid = grid + self.shift
         return self.decoder(self.post_quant_conv(grid).float())
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class PatchDecoder(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.grid, self.size = architecture.grid, architecture.image_size
-        self.patch = self.size[0] // self.grid[0]
+        self.patch = architecture.decoder.patch
 
     def forward(self, latents: Tensor) -> Tensor:
         rows, columns = self.grid
@@ -160,6 +160,10 @@ def to_pixels(image: Tensor) -> Tensor:
     return torch.round(torch.clamp((image + 1) / 2 * 255, 0, 255)).to(torch.uint8)
 
 
+DECODER_MODULES: dict[str, type[nn.Module]] = {"kl16": Kl16Decoder, "patches": PatchDecoder}
+"""Kind of decoder (``architecture.DECODERS``) to its module, which takes the architecture."""
+
+
 def build_decoder(architecture: Architecture) -> nn.Module:
     """The decoder module of a model, without weights loaded."""
-    return Kl16Decoder(architecture) if architecture.decoder == "kl16" else PatchDecoder(architecture)
+    return DECODER_MODULES[architecture.decoder.kind](architecture)

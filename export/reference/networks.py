@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.models.architecture import Architecture
-from ..build.checkpoints import HEAD_PREFIX
-from ..graphs.backbone import Backbone
+from ..families import export_family
 from ..graphs.decoders import build_decoder
 from ..graphs.detail_score import DetailScore
-from ..graphs.diffusion_head import DiffusionHead, DiffusionStep
 from ..graphs.layers import set_precision
 from ..graphs.rows import ROW_MODULES
 
@@ -44,12 +42,10 @@ def build_graph_module(
         weights: MAR state dict in the official layout (already checked, see checkpoints.py).
         vae: VAE decoder state dict; empty for mar-digits.
     """
-    if kind == "backbone":
-        part = {key: value for key, value in weights.items() if not key.startswith(HEAD_PREFIX)}
-        module: nn.Module = _loaded(lambda: Backbone(architecture), part)
-    elif kind == "diffusion_step":
-        part = {key[len(HEAD_PREFIX) :]: value for key, value in weights.items() if key.startswith(HEAD_PREFIX)}
-        module = DiffusionStep(_loaded(lambda: DiffusionHead(architecture), part))
+    family = export_family(architecture)
+    if kind in family.networks:
+        row = family.networks[kind]
+        module = row.graph(_loaded(lambda: row.build(architecture), family.part(kind, weights)))
     elif kind == "detail_score":
         module = DetailScore(architecture)
     elif kind in ROW_MODULES:

@@ -7,6 +7,7 @@ reverse steps of one AR step are one replay, so that the comparison is with PyTo
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...runtime.backends.protocol import Condition, DiffusionChain, Floats, Integers
+from ...runtime.backends.host_loop import HostLoopBackend
 from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import BackendError, GtrError
+from ...runtime.models.conditioning import Arrays
 from ...runtime.models.graphs import QUANTISED
+from ...runtime.sampling.chains import DiffusionChain, Floats, Integers
+from ...runtime.sampling.loop import BackboneOutput
 from ..build.sources import weights_of_bundle
 from ..graphs.layers import Linear
 from .networks import DTYPES, Networks, build_networks
@@ -27,7 +31,7 @@ MAX_CHAINS = 128
 """Shapes of chains whose buffers and CUDA graphs are kept; the oldest goes first."""
 
 
-class TorchBackend:
+class TorchBackend(HostLoopBackend):
     """Runs the modules eagerly, or replays captured chains. Moves the modules of ``networks`` to the device.
 
     On CUDA, TF32 is switched off for the process: float32 products there keep 10 bits of mantissa otherwise, which is
@@ -75,23 +79,34 @@ class TorchBackend:
         """Such as ``torch cuda fp16, CUDA graphs``."""
         return f"{self.name} {self._device.type} {self._precision}" + (", CUDA graphs" if self._capture else "")
 
-    @torch.inference_mode()
-    def condition(
-        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
-    ) -> Condition:
-        arguments = [_host(array).to(self._device) for array in (tokens, visible, predict, context, labels)]
-        z = self._networks.backbone(*arguments)
-        return Condition(tuple(z.shape), z)
+    def backbone(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays
+    ) -> BackboneOutput:
+        inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, **conditioning}
+        (z,) = self.hooked("backbone", inputs, lambda: self._called("backbone", inputs))
+        branches, batch, predicted, width = z.shape
+        return BackboneOutput((branches, batch, predicted, width), z)
 
-    @torch.inference_mode()
-    def detail(self, condition: Condition) -> tuple[Floats, Floats]:
-        score, norm = self._networks.detail_score(condition.value[0])
+    def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
+        score, norm = self.hooked("detail_score", {}, lambda: self._called("detail_score", {"z": z.value[0]}))
         return score.cpu().numpy(), norm.cpu().numpy()
 
+    def run_graph(self, kind: str, inputs: Mapping[str, NDArray]) -> list[NDArray]:
+        return [output.cpu().numpy() for output in self._called(kind, inputs)]
+
     @torch.inference_mode()
-    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
-        steps = self._chain(condition, chain)
-        steps.load(condition, chain)
+    def _called(self, kind: str, inputs: Mapping[str, NDArray | Tensor]) -> tuple[Tensor, ...]:
+        values = (value if isinstance(value, Tensor) else _host(value) for value in inputs.values())
+        outputs = getattr(self._networks, kind)(*(value.to(self._device) for value in values))
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
+        return self.hooked("diffusion_step", {}, lambda: (self._denoised(z, chain),))[0]
+
+    @torch.inference_mode()
+    def _denoised(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
+        steps = self._chain(z, chain)
+        steps.load(z, chain)
         if self._capture and steps.graph is None:
             try:
                 steps.capture(self._pool)
@@ -101,23 +116,19 @@ class TorchBackend:
                 warnings.warn(line, RuntimeWarning, stacklevel=2)
                 self._capture = self._keep = False
                 self._chains.clear()
-                steps = self._chain(condition, chain)
+                steps = self._chain(z, chain)
             # Capturing has run some steps on what was loaded.
-            steps.load(condition, chain)
+            steps.load(z, chain)
         steps.replay()
         # A copy even on the CPU, where kept buffers will be written again.
         return steps.x.to("cpu", copy=True).numpy()
 
-    @torch.inference_mode()
-    def decode(self, latents: Floats) -> NDArray[np.uint8]:
-        return self._networks.decoder(_host(latents).to(self._device)).cpu().numpy()
-
-    def _chain(self, condition: Condition, chain: DiffusionChain) -> _Chain:
+    def _chain(self, z: BackboneOutput, chain: DiffusionChain) -> _Chain:
         shapes = [size for segment in chain.segments for size in segment.noise.shape[:2]]
-        key = (condition.shape[0], len(chain.rows), *shapes)
+        key = (z.shape[0], len(chain.rows), *shapes)
         found = self._chains.get(key)
         if found is None:
-            found = _Chain(self._networks.diffusion_step, condition, chain, self._device)
+            found = _Chain(self._networks.diffusion_step, z, chain, self._device)
             if self._keep:
                 if len(self._chains) >= MAX_CHAINS:
                     self._chains.pop(next(iter(self._chains)))
@@ -128,7 +139,7 @@ class TorchBackend:
 class _Chain:
     """The reverse steps of one shape of chain, over buffers that stay where they are. x [N, C] holds the result."""
 
-    def __init__(self, step: nn.Module, condition: Condition, chain: DiffusionChain, device: torch.device) -> None:
+    def __init__(self, step: nn.Module, z: BackboneOutput, chain: DiffusionChain, device: torch.device) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._step = step
 
@@ -136,17 +147,17 @@ class _Chain:
             return torch.zeros(array.shape, dtype=_host(array).dtype, device=device)
 
         self.x, self._guidance, self._rows = like(chain.x), like(chain.guidance), like(chain.rows)
-        branches, _, _, width = condition.shape
+        branches, _, _, width = z.shape
         self._z = torch.zeros((branches, len(chain.rows), width), device=device)
         self._segments = [
             (like(segment.timesteps), like(segment.coefficients), like(segment.noise)) for segment in chain.segments
         ]
 
-    def load(self, condition: Condition, chain: DiffusionChain) -> None:
+    def load(self, z: BackboneOutput, chain: DiffusionChain) -> None:
         """Uploads everything the chain needs, once: from pinned memory on CUDA, so that nothing waits."""
-        branches, batch, predicted, width = condition.shape
+        branches, batch, predicted, width = z.shape
         self._upload(self._rows, chain.rows)
-        self._z.copy_(condition.value.reshape(branches, batch * predicted, width).index_select(1, self._rows))
+        self._z.copy_(z.value.reshape(branches, batch * predicted, width).index_select(1, self._rows))
         self._upload(self.x, chain.x)
         self._upload(self._guidance, chain.guidance)
         for buffers, segment in zip(self._segments, chain.segments, strict=True):

@@ -12,14 +12,16 @@ from ...runtime.bundle.engine_sets import EngineSet
 from ...runtime.bundle.reader import Bundle
 from ...runtime.errors import BackendError
 from ...runtime.models.architecture import Architecture
+from ...runtime.models.conditioning import Conditioner
+from ...runtime.models.families import family_of
 from ...runtime.models.graphs import GraphSpec
 from ...runtime.sampling.diffusion import reverse_process
-from ...runtime.sampling.plan import PRESETS, SamplingPlan, preset, resolve
+from ...runtime.sampling.plan import SamplingPlan, preset, presets_of, resolve
 from ...runtime.sampling.shapes import Sizes, call_shapes, covering
 
 
 def graph_inputs(
-    spec: GraphSpec, architecture: Architecture, sizes: Mapping[str, int], seed: int = 0
+    spec: GraphSpec, architecture: Architecture, conditioner: Conditioner, sizes: Mapping[str, int], seed: int = 0
 ) -> dict[str, Any]:
     """Inputs as a generation would give them: positions that partition the grid, coefficients of a real respacing."""
     rng = np.random.default_rng(seed)
@@ -40,7 +42,7 @@ def graph_inputs(
         "visible": order[:, :known],
         "predict": order[:, known : known + predicted],
         "context": order[:, known + predicted : known + predicted + sizes.get("R", 0)],
-        "labels": rng.integers(0, architecture.classes + 1, (sizes.get("G", 1), sizes.get("B", 1))),
+        **conditioner.example(rng, sizes),
         "timestep": process.timesteps[steps],
         "coefficients": process.coefficients[steps],
         "guidance": rng.uniform(1.0, 3.0, sizes.get("N", 1)).astype(np.float32),
@@ -84,7 +86,7 @@ def covered_presets(bundle: Bundle, engines: EngineSet) -> list[str]:
     Raises:
         BackendError: there is none.
     """
-    names = [name for name in PRESETS if _covered(_plan(bundle, name), engines)]
+    names = [name for name in presets_of(family_of(bundle.architecture)) if _covered(_plan(bundle, name), engines)]
     if not names:
         raise BackendError(f"the engines {engines.key} hold no preset's shapes, so nothing can be compared")
     return names

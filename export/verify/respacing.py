@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.backends.protocol import Backend, Floats
+from ...runtime.backends.host_loop import HostLoopBackend
 from ...runtime.models.architecture import Architecture
-from ...runtime.sampling.loop import diffusion_chain
+from ...runtime.models.conditioning import Conditioner
+from ...runtime.sampling.chains import Floats, diffusion_chain
 from ...runtime.sampling.noise import SeededNoise
 from ...runtime.sampling.orders import generation_orders
 from ...runtime.sampling.plan import PlanSettings, resolve
@@ -71,7 +72,7 @@ class Respacing:
         )
 
 
-def measure_respacing(backend: Backend, architecture: Architecture) -> Respacing:
+def measure_respacing(backend: HostLoopBackend, architecture: Architecture, conditioner: Conditioner) -> Respacing:
     """Both settings on the same tokens and the same noise, without guidance.
 
     Takes one call of the backbone for two images and two chains of 20 steps over 16 tokens.
@@ -83,17 +84,17 @@ def measure_respacing(backend: Backend, architecture: Architecture) -> Respacing
     settings = PlanSettings(
         "respacing", (1,), order="random", generation_diffusion=(DIFFUSION_STEPS, DIFFUSION_STEPS), fts="none"
     )
-    labels = np.array([[image % architecture.classes for image in range(IMAGES)]], dtype=np.int64)
+    asked = {name: array[:1] for name, array in conditioner.arrays(conditioner.samples(IMAGES)).items()}
     predict, context = np.ascontiguousarray(orders[:, :tokens]), np.ascontiguousarray(orders[:, tokens:])
     nothing = np.zeros((IMAGES, 0), dtype=np.int64)
     known = np.zeros((IMAGES, 0, architecture.token_channels), dtype=np.float32)
-    condition = backend.condition(known, nothing, predict, context, labels)
+    z = backend.backbone(known, nothing, predict, context, asked)
     for largest in (ORIGINAL, CAPPED):
         plan = resolve(replace(settings, max_timestep=largest), architecture)
         step = replace(plan.steps[0], predicted=tokens, context=architecture.tokens - tokens)
         noise = SeededNoise(seeds, architecture.token_channels)
         chain = diffusion_chain(step, plan.settings, predict, np.zeros(predict.shape, dtype=bool), noise)
-        sizes.append(_size(backend.denoise(condition, chain)))
+        sizes.append(_size(backend.denoise(z, chain)))
     original, capped = sizes
     ratio = original / capped if np.isfinite(original) and capped > 0 else float("inf")
     return Respacing(original, capped, ratio, not ratio <= LIMIT)

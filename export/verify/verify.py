@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ...runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from ...runtime.backends.openvino.backend import OpenVinoBackend
-from ...runtime.backends.protocol import Backend, DeviceBackend, Floats
+from ...runtime.backends.protocol import Backend
 from ...runtime.backends.registry import BackendOptions, open_backend
 from ...runtime.backends.tensorrt.backend import TensorRTBackend
 from ...runtime.bundle.engine_sets import FLAVOURS, EngineSet, choose_engines
@@ -33,11 +33,12 @@ from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import BackendError, BundleError, GtrError
 from ...runtime.machine.examine import examine_machine
-from ...runtime.models.architecture import Architecture
-from ...runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS, QUANTISED, GraphSpec, graph_specs
-from ...runtime.sampling.loop import sample
+from ...runtime.models.families import family_of, graph_specs
+from ...runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS, QUANTISED, GraphSpec
+from ...runtime.sampling.chains import Floats
+from ...runtime.sampling.job import generation_job
 from ...runtime.sampling.noise import SeededNoise
-from ...runtime.sampling.plan import PRESETS, preset, resolve
+from ...runtime.sampling.plan import preset, presets_of, resolve
 from ..build.sources import Weights, weights_of_bundle
 from .graph_inputs import covered_presets, covered_specs, graph_inputs
 from .limits import graph_limit
@@ -170,7 +171,7 @@ def verify(
             if engines is not None:
                 specs = covered_specs(specs, bundle, engines)
                 plans = plans or covered_presets(bundle, engines)
-            _finite(backend, specs, bundle.architecture, report, reporter)
+            _finite(backend, specs, bundle, report, reporter)
             if weights is not None and not report.failed:
                 _graphs(backend, specs, bundle, weights, report, reporter)
             if weights is not None and not report.failed:
@@ -182,12 +183,12 @@ def verify(
     return report
 
 
-def _respacing(backend: Backend, bundle: Bundle, report: Report, reporter: Reporter) -> None:
+def _respacing(backend: OnnxRuntimeBackend, bundle: Bundle, report: Report, reporter: Reporter) -> None:
     """Warns of a checkpoint that does not bear t = 999. Random weights never do, and nobody wants their pictures."""
     if bundle.manifest["source"].get("random_weights") is not None:
         return
     with reporter.stage("respacing: timesteps up to 999 and up to 950"):
-        report.respacing = measure_respacing(backend, bundle.architecture)
+        report.respacing = measure_respacing(backend, bundle.architecture, bundle.conditioner)
     if warning := report.respacing.warning(int(bundle.plan_defaults.get("max_timestep", 999))):
         reporter.say(f"warning: {warning}")
 
@@ -261,23 +262,21 @@ def _shapes(spec: GraphSpec) -> list[tuple[str, Mapping[str, int]]]:
 def _finite(
     backend: GraphRunner,
     specs: Mapping[str, GraphSpec],
-    architecture: Architecture,
+    bundle: Bundle,
     report: Report,
     reporter: Reporter,
 ) -> None:
     for kind, spec in specs.items():
         with reporter.stage(f"finite: {kind}"):
             for name, sizes in _shapes(spec):
-                report.checks.append(_finite_at(backend, spec, architecture, name, sizes))
+                report.checks.append(_finite_at(backend, spec, bundle, name, sizes))
 
 
-def _finite_at(
-    backend: GraphRunner, spec: GraphSpec, architecture: Architecture, name: str, sizes: Mapping[str, int]
-) -> Check:
+def _finite_at(backend: GraphRunner, spec: GraphSpec, bundle: Bundle, name: str, sizes: Mapping[str, int]) -> Check:
     subject = f"{spec.kind}, {name}"
     shape = " ".join(f"{letter}={sizes[letter]}" for letter in spec.symbols)
     try:
-        outputs = backend.run(spec.kind, graph_inputs(spec, architecture, sizes))
+        outputs = backend.run(spec.kind, graph_inputs(spec, bundle.architecture, bundle.conditioner, sizes))
     except BackendError as error:
         return Check("finite", subject, "failed", note=f"{shape}: {error}")
     for tensor, output in zip(spec.outputs, outputs, strict=True):
@@ -305,7 +304,7 @@ def _graphs(
                 module = _reference(kind, weights, precision)
                 limit, note = graph_limit(spec, bundle, precision, report.engine)
                 for name, sizes in _shapes(spec):
-                    inputs = graph_inputs(spec, bundle.architecture, sizes, seed=1)
+                    inputs = graph_inputs(spec, bundle.architecture, bundle.conditioner, sizes, seed=1)
                     error = _largest_error(backend.run(kind, inputs), module(inputs))
                     status = "ok" if error <= limit else "failed"
                     subject = f"{kind}, {name}, torch {precision}"
@@ -320,9 +319,10 @@ def _references(bundle: Bundle) -> list[str]:
 def _reference(kind: str, weights: Weights, precision: str) -> Callable[[Mapping[str, Any]], list[NDArray[Any]]]:
     import torch
 
+    from ..families import export_family
     from ..reference.networks import build_graph_module
 
-    checkpoint = weights.checkpoint() if kind in ("backbone", "diffusion_step") else {}
+    checkpoint = weights.checkpoint() if kind in export_family(weights.architecture).networks else {}
     module = build_graph_module(
         kind, weights.architecture, checkpoint, weights.vae() if kind == "decoder" else {}, precision
     )
@@ -340,7 +340,7 @@ def _largest_error(found: Sequence[NDArray[Any]], wanted: Sequence[NDArray[Any]]
 
 
 def _images(
-    backend: Backend | DeviceBackend,
+    backend: Backend,
     bundle: Bundle,
     weights: Weights,
     report: Report,
@@ -350,7 +350,7 @@ def _images(
 ) -> None:
     architecture = bundle.architecture
     chosen: list[str] = []
-    for name in plans or PRESETS:
+    for name in plans or presets_of(family_of(architecture)):
         plan = resolve(preset(name, architecture, bundle.plan_defaults), architecture)
         if plans is None and plan.flops * images > CPU_BUDGET:
             note = f"{plan.flops * images / 1e12:.0f} TFLOP on the CPU, twice; --plans {name} runs it"
@@ -364,7 +364,7 @@ def _images(
 
     made: dict[tuple[str, str], Floats | GtrError] = {}
     for precision in ["bundle", *_references(bundle)]:
-        runner: Backend | DeviceBackend = backend
+        runner: Backend = backend
         if precision != "bundle":
             runner = TorchBackend(build_networks(architecture, weights.checkpoint(), weights.vae(), precision))
         for name in chosen:
@@ -378,13 +378,13 @@ def _images(
             report.checks.append(_compared(name, precision, made["bundle", name], made[precision, name], limit))
 
 
-def _generated(backend: Backend | DeviceBackend, name: str, bundle: Bundle, images: int) -> Floats | GtrError:
+def _generated(backend: Backend, name: str, bundle: Bundle, images: int) -> Floats | GtrError:
     architecture = bundle.architecture
     plan = resolve(preset(name, architecture, bundle.plan_defaults), architecture)
-    labels = [index % architecture.classes for index in range(images)]
-    seeds = list(range(images))
+    seeds, asked = list(range(images)), bundle.conditioner.arrays(bundle.conditioner.samples(images))
+    job = generation_job(plan, architecture, asked, seeds, SeededNoise(seeds, architecture.token_channels))
     try:
-        return sample(backend, plan, architecture, labels, seeds, SeededNoise(seeds, architecture.token_channels))
+        return backend.generate(job)
     except GtrError as error:
         return error
 

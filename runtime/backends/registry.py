@@ -10,7 +10,7 @@ from ..errors import BackendError, UsageError
 from ..machine.examine import INSTALL
 from ..models.graphs import NETWORKS
 from .openvino.library import version_problem
-from .protocol import CUDA_GRAPH_MODES, Backend, DeviceBackend
+from .protocol import CUDA_GRAPH_MODES, Backend
 
 if TYPE_CHECKING:
     from ..bundle.reader import Bundle
@@ -146,7 +146,7 @@ def resolve_backend(bundle: Bundle, options: BackendOptions) -> tuple[BackendOpt
     return options, why
 
 
-def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True) -> Backend | DeviceBackend:
+def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True) -> Backend:
     """Opens a bundle with the chosen engine library.
 
     Args:

@@ -14,17 +14,20 @@ from typing import Any
 from ..errors import BundleError
 from ..files import inside, read_json, sha256, write_json
 from ..models.architecture import Architecture
-from ..models.graphs import PRECISIONS, graph_specs
+from ..models.conditioning import Conditioner
+from ..models.families import decode_model, graph_specs
+from ..models.graphs import PRECISIONS
 from .engine_sets import EngineSet
 
 FORMAT = "gtr-deploy bundle"
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 
 _FIELDS = {
     "format": str,
     "schema": int,
     "model": dict,
+    "conditioning": dict,
     "precision": dict,
     "graphs": dict,
     "engines": list,
@@ -130,6 +133,7 @@ class Bundle:
 
     folder: Path
     architecture: Architecture
+    conditioner: Conditioner
     precision: str
     graphs: Mapping[str, GraphFiles]
     plan_defaults: Mapping[str, Any]
@@ -163,7 +167,10 @@ class Bundle:
         for name, kind in _FIELDS.items():
             if not isinstance(manifest[name], kind) or isinstance(manifest[name], bool):
                 raise BundleError(f"{path}: {name} is not a {kind.__name__}")
-        architecture = Architecture.from_json(manifest["model"])
+        try:
+            architecture, conditioner = decode_model(manifest["model"], manifest["conditioning"])
+        except ValueError as error:
+            raise BundleError(f"{path}: model section: {error}") from None
         precision = manifest["precision"].get("name")
         if precision not in PRECISIONS:
             raise BundleError(f"{path}: precision {precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -175,7 +182,7 @@ class Bundle:
             for index, entry in enumerate(manifest["engines"])
         )
         defaults, batch = manifest["plan_defaults"], manifest["max_batch"]
-        return cls(folder, architecture, precision, graphs, defaults, batch, engines, manifest)
+        return cls(folder, architecture, conditioner, precision, graphs, defaults, batch, engines, manifest)
 
     def graph_paths(self, checksums: bool = True, target: str = "tensorrt") -> dict[str, Path]:
         """Graph kind to checked file; data files are checked, too.

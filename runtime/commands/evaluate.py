@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..backends.registry import BackendOptions
     from ..bundle.reader import Bundle
-    from ..models.architecture import Architecture
+    from ..models.conditioning import Request
     from ..pipeline import Pipeline
     from ..quality.estimates import Estimate, Measure, Tally
     from ..sampling.plan import SamplingPlan
@@ -133,10 +133,10 @@ def evaluate(
         raise UsageError(f"--plans: {', '.join(twice)} stands there twice")
     plans = {name: chosen_plan(name, overrides, architecture, opened.plan_defaults) for name in names}
     reporter = Reporter(quiet=as_json)
-    measure = open_measure(architecture, reference, inception_weights, engine)
-    if images % architecture.classes:
-        first = images % architecture.classes
-        reporter.say(f"{images} images over {architecture.classes} classes: the first {first} get one more")
+    measure = open_measure(opened, reference, inception_weights, engine)
+    kinds = len({str(request) for request in opened.conditioner.samples(images)})
+    if first := images % kinds:
+        reporter.say(f"{images} images over {kinds} classes: the first {first} get one more")
     pipeline = click.get_current_context().with_resource(load_pipeline(opened, engine, reporter))
     results: list[Evaluated] = []
     for name, resolved in plans.items():
@@ -181,32 +181,29 @@ for _parameter in evaluate.params:
         _parameter.opts.append("--plans")  # what the same option of gtr-export verify is called
 
 
-def open_measure(
-    architecture: Architecture, reference: Path | None, weights: Path | None, engine: BackendOptions
-) -> Measure:
-    """The feature space that suits a model's pictures.
+def open_measure(bundle: Bundle, reference: Path | None, weights: Path | None, engine: BackendOptions) -> Measure:
+    """The feature space that suits a model's pictures: the real digits' where its classes are the digits, else
+    Inception's.
 
     Raises:
         UsageError: an option is missing or has no place here.
         GtrError: a file or a library is not what it should be.
     """
-    if architecture.label_names == "digits":
-        from ..quality.digits import DigitsMeasure
+    from ..quality.digits import DigitsMeasure
 
+    architecture = bundle.architecture
+    if DigitsMeasure.suits(bundle.conditioner):
         for option, value in (("--reference", reference), ("--inception-weights", weights)):
             if value is not None:
-                raise UsageError(f"{option} is for ImageNet models; {architecture.name} is compared with real digits")
-        if architecture.classes != 10 or any(side % 8 for side in architecture.image_size):
+                raise UsageError(f"{option} is for other pictures; {architecture.name} is compared with real digits")
+        if any(side % 8 for side in architecture.image_size):
             height, width = architecture.image_size
-            raise UsageError(
-                f"{architecture.name} makes {height}x{width} pictures of {architecture.classes} classes; digits are "
-                "compared as 8x8 pictures of 10"
-            )
+            raise UsageError(f"{architecture.name} makes {height}x{width} pictures; digits are compared as 8x8 pixels")
         return DigitsMeasure()
     if reference is None:
         raise UsageError(
-            f"{architecture.name} makes ImageNet pictures: give --reference FILE, the statistics of real ones "
-            "(npz with mu and sigma; fid_stats/adm_in256_stats.npz of the MAR repository)"
+            f"{architecture.name}: give --reference FILE, the statistics of real pictures "
+            "(npz with mu and sigma; for ImageNet fid_stats/adm_in256_stats.npz of the MAR repository)"
         )
     from ..quality.inception import InceptionMeasure
 
@@ -229,29 +226,28 @@ def _evaluated(name: str, job: _Job, measure: Measure, reporter: Reporter) -> Ev
     tally = measure.tally(job.images)
     seconds, generated, done = 0.0, 0, 0
     with reporter.bar(f"{job.images} images, plan {name}", job.images, "images") as bar:
-        for pictures, labels, spent in _batches(job):
-            tally.add(pictures, labels)
-            done += len(labels)
+        for pictures, requests, spent in _batches(job):
+            tally.add(pictures, requests)
+            done += len(requests)
             if spent is not None:
-                seconds, generated = seconds + spent, generated + len(labels)
+                seconds, generated = seconds + spent, generated + len(requests)
             bar.to(done)
     return Evaluated(name, job.plan, tally, tally.figures(), seconds / generated if generated else None, generated)
 
 
-def _batches(job: _Job) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], float | None]]:
-    """Pictures, labels and the seconds they took to make; None if they were read."""
-    from ..pictures.trace import save_png
-    from ..quality.estimates import balanced_labels
+def _batches(job: _Job) -> Iterator[tuple[NDArray[np.uint8], list[Request], float | None]]:
+    """Pictures, what they were asked to be, and the seconds they took to make; None if they were read."""
+    from ..pictures.png import save_png
 
-    labels = balanced_labels(job.images, job.bundle.architecture.classes)
+    requests = job.bundle.conditioner.samples(job.images)
     warm = False
     for start in range(0, job.images, job.batch):
         part = slice(start, min(start + job.batch, job.images))
         seeds = list(range(job.seed + part.start, job.seed + part.stop))
-        own, files, settings = labels[part], [], []
+        own, files, settings = requests[part], [], []
         if job.folder is not None:
             files = [job.folder / f"{index:06d}.png" for index in range(part.start, part.stop)]
-            settings = [_settings(job, int(label), seed) for label, seed in zip(own, seeds, strict=True)]
+            settings = [_settings(job, request, seed) for request, seed in zip(own, seeds, strict=True)]
             pictures = _read(files, settings)
             if pictures is not None:
                 yield pictures, own, None
@@ -261,7 +257,7 @@ def _batches(job: _Job) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], 
             job.pipeline.warm_up(job.plan, job.batch)
             warm = True
         begin = time.perf_counter()
-        made = job.pipeline.generate(own.tolist(), seeds, job.plan, batch_size=job.batch)
+        made = job.pipeline.generate(own, seeds, job.plan, batch_size=job.batch)
         spent = time.perf_counter() - begin
         if files:
             for file, image, setting in zip(files, made.images, settings, strict=True):
@@ -269,7 +265,7 @@ def _batches(job: _Job) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], 
         yield made.images, own, spent
 
 
-def _settings(job: _Job, label: int, seed: int) -> dict[str, Any]:
+def _settings(job: _Job, request: Request, seed: int) -> dict[str, Any]:
     """What decides an image, for its PNG."""
     sums = "".join(files.model.sha256 for _, files in sorted(job.bundle.graphs.items()))
     return {
@@ -277,7 +273,7 @@ def _settings(job: _Job, label: int, seed: int) -> dict[str, Any]:
         "precision": job.bundle.precision,
         "graphs": hashlib.sha256(sums.encode()).hexdigest(),
         "backend": job.pipeline.backend.name,
-        "class": label,
+        **job.bundle.conditioner.record(request),
         "seed": seed,
         "plan": job.plan.settings.to_json(),
     }
@@ -292,7 +288,7 @@ def _read(files: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> NDArr
     import numpy as np
     from PIL import Image
 
-    from ..pictures.trace import read_settings
+    from ..pictures.png import read_settings
 
     if not all(file.is_file() for file in files):
         return None

@@ -14,11 +14,11 @@ from ..sampling.orders import ORDERS, PARITIES, stage_sets
 from ..sampling.plan import (
     CFG_SCHEDULES,
     CONTEXTS,
-    PRESETS,
     TOKEN_SCHEDULES,
     PlanSettings,
     SamplingPlan,
     preset,
+    preset_names,
     resolve,
 )
 from ..sampling.selection import FTS_RULES
@@ -80,7 +80,7 @@ def plan_options(multiple: bool = False) -> Callable[[Callable[..., Any]], Calla
     stages = "Number of stages K; AR steps are spread anew, 4:1 from one generation stage to the next."
     option = click.option("--stages", "plan_stages", type=click.IntRange(1, 8), help=stages)
     several = " Several, separated by commas." if multiple else ""
-    text = f"Preset: {', '.join(PRESETS)}.{several}"
+    text = f"Preset: {', '.join(preset_names())}.{several}"
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         wrapped = with_options(

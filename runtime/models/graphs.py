@@ -14,10 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..sampling.diffusion import COEFFICIENTS
 from .architecture import Architecture
 
 Axis = int | str
+
+COEFFICIENTS = (
+    "sqrt_recip_alpha_bar",
+    "sqrt_recipm1_alpha_bar",
+    "posterior_mean_x0",
+    "posterior_mean_xt",
+    "posterior_log_variance",
+    "log_beta",
+    "noise_scale",
+)
+"""Columns of the diffusion step graph's ``coefficients`` input, in order (sampling/diffusion.py makes them)."""
 
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 
@@ -95,8 +105,16 @@ network differ about as much as each differs from fp32. Of quantised ones three 
 (docs/quantization.md); a useless calibration is at 0.8 and more."""
 
 
-def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, GraphSpec]:
-    """The graphs of a MAR model, by kind: the networks in the order they run, then the row graphs."""
+def masked_generator_specs(
+    architecture: Architecture, max_batch: int, conditioning: tuple[TensorSpec, ...]
+) -> dict[str, GraphSpec]:
+    """The graphs of a masked-autoregressive model with a diffusion head, by kind: the networks in the order they run,
+    then the row graphs.
+
+    Args:
+        conditioning: the backbone's inputs that say what the images are, each with the leading axis G; a model without
+            any has one branch, and no guidance.
+    """
     channels, width, total = architecture.token_channels, architecture.width, architecture.tokens
     height, breadth = architecture.image_size
     rows = max_batch * total
@@ -110,9 +128,9 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
             _index("visible", "B", "V"),
             _index("predict", "B", "P"),
             _index("context", "B", "R"),
-            _index("labels", "G", "B"),
+            *conditioning,
         ),
-        (_real("z", "G", "B", "P", width),),
+        (_real("z", "G" if conditioning else 1, "B", "P", width),),
         tolerances={"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.04, "fp8": 0.08},
         against_fp32={"fp32": 2e-5, "fp16": 1e-2, "bf16": 8e-2, "int8": 0.04, "fp8": 0.08},
         smallest={"G": 1, "B": 1, "V": 0, "P": 1, "R": 0},
@@ -162,7 +180,7 @@ def graph_specs(architecture: Architecture, max_batch: int = 8) -> dict[str, Gra
 
 def _row_graphs(architecture: Architecture, max_batch: int) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
     """They move numbers and compute none, so their tolerance is 0."""
-    channels, width, last = architecture.token_channels, architecture.width, architecture.tokens // 2
+    channels, width, last = architecture.token_channels, architecture.width, max(1, architecture.tokens // 2)
     table = len(COEFFICIENTS)
     exact = {"tolerances": dict.fromkeys(PRECISIONS, 0.0), "against_fp32": dict.fromkeys(PRECISIONS, 0.0)}
     some = max(1, last // 10)

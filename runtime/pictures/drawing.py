@@ -133,3 +133,19 @@ def shared_palette(image: Image.Image, exact: Sequence[Colour]) -> Image.Image:
 def indexed_by(palette: Image.Image, image: Image.Image) -> Image.Image:
     """The image in the colours of a palette, without dithering: that would sparkle from frame to frame."""
     return image.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+def check_pixels(images: Pixels) -> None:
+    """Raises:
+    ValueError: not uint8 [N, H, W, 3].
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise ValueError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
+
+
+def check_captions(captions: Sequence[str], count: int) -> None:
+    """Raises:
+    ValueError: there is not one caption for each image.
+    """
+    if len(captions) != count:
+        raise ValueError(f"{len(captions)} captions for {count} images")

@@ -1,4 +1,4 @@
-"""What people look at: PNG files that remember their settings, contact sheets, and the animated trace of a generation.
+"""The animated trace of a generation.
 
 Knows pixels, captions and what an observer of the sampler sees. Does not know engines: the trace is handed a function
 that turns latents into pixels.
@@ -6,22 +6,17 @@ that turns latents into pixels.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 
-from ..errors import GtrError, UsageError
-from ..files import atomic_path
 from ..models.architecture import Architecture
-from ..sampling.loop import StepResult
+from ..sampling.job import StepResult
 from ..sampling.plan import ARStep, SamplingPlan
 from .drawing import (
     BACKGROUND,
@@ -31,6 +26,8 @@ from .drawing import (
     Colour,
     Grid,
     Pixels,
+    check_captions,
+    check_pixels,
     enlarge,
     faded,
     indexed_by,
@@ -39,12 +36,11 @@ from .drawing import (
     shared_palette,
     write_line,
 )
+from .png import write_picture
 
 Decode = Callable[[NDArray[np.float32]], Pixels]
 """Latents float32 [n, L, C] to pixels uint8 [n, H, W, 3]."""
 
-SETTINGS_KEY = "gtr-deploy"
-"""The PNG text chunk that holds the settings as JSON."""
 
 #: Outlines of the tokens made in stage 1, 2, ...; with the accent of refined tokens they are the colours of Okabe and
 #: Ito, which people of any colour vision can tell apart. More stages start over.
@@ -54,96 +50,11 @@ UNKNOWN_GREYS = (138, 149)
 """The two greys of the checker pattern over tokens that are not made yet."""
 
 _MARK_COLOURS = (REFINED_COLOUR, *((grey, grey, grey) for grey in UNKNOWN_GREYS), *STAGE_COLOURS)
-_SHEET_CELL = 96
 _TRACE_CELL = 160
 _TRACE_COLUMNS = 4
 _LEGEND_GAP = 34
 _HEADER_FONT = 14
 _HEADER_HEIGHT = 66
-
-
-def save_png(path: Path, image: Pixels, settings: Mapping[str, Any]) -> None:
-    """Writes a PNG whose text chunk :data:`SETTINGS_KEY` says how it was made; the old file stays if that fails.
-
-    Args:
-        path: the file to write or replace.
-        image: uint8 [H, W, 3].
-        settings: anything JSON can hold, also NumPy numbers and arrays, and paths.
-
-    Raises:
-        GtrError: the file cannot be written.
-        ValueError: the image is not uint8 [H, W, 3], or a setting is not finite.
-        TypeError: a setting is of a type that JSON has no place for.
-    """
-    _check_pixels(image[None])
-    text = json.dumps(dict(settings), default=_plain, allow_nan=False)
-    metadata = PngInfo()
-    metadata.add_text(SETTINGS_KEY, text)
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    _write(path, lambda file: picture.save(file, format="PNG", pnginfo=metadata))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that :func:`save_png` wrote.
-
-    Raises:
-        GtrError: the file cannot be read, is not a PNG, or holds no settings; one line.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            text = picture.info.get(SETTINGS_KEY)
-            if text is None:
-                # Other programs move text behind the pixels, where it is seen only once these are read.
-                picture.load()
-                text = picture.info.get(SETTINGS_KEY)
-    except Image.UnidentifiedImageError:
-        raise GtrError(f"{path} is not a PNG file") from None
-    except OSError as error:
-        raise GtrError(f"cannot read {path}: {error.strerror or error}") from None
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise GtrError(f"{path} is a damaged PNG file: {error}") from None
-    if text is None:
-        raise GtrError(f'{path} holds no settings (text chunk "{SETTINGS_KEY}"); was it written by another program?')
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise GtrError(f"{path}: the settings in it are not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise GtrError(f"{path}: the settings in it are not a JSON object")
-    return settings
-
-
-def contact_sheet(images: Pixels, captions: Sequence[str], columns: int, title: str | None = None) -> Image.Image:
-    """A labelled grid of images; small ones are enlarged by a whole factor, so that pixels stay square and sharp.
-
-    Args:
-        images: uint8 [N, H, W, 3], N at least 1.
-        captions: N lines, each cut to the width of its cell.
-        columns: cells of a row; fewer where N is smaller.
-        title: a line above the grid.
-
-    Raises:
-        UsageError: ``columns`` is not positive.
-        ValueError: the images are not uint8 [N, H, W, 3], or there is not one caption for each.
-    """
-    _check_pixels(images)
-    _check_captions(captions, len(images))
-    if columns < 1:
-        raise UsageError(f"columns must be at least 1, not {columns}")
-    factor = math.ceil(_SHEET_CELL / min(images.shape[1:3]))
-    grid = Grid.of(images, captions, min(columns, len(images)), factor)
-    heading = load_font(grid.font_size + 4)
-    top = MARGIN
-    width = grid.width
-    if title:
-        top += round(heading.size) + 14
-        # A sheet of one narrow column grows a little for its title.
-        width = max(width, min(math.ceil(heading.getlength(one_line(title))), 480))
-    canvas = Image.new("RGB", (width + 2 * MARGIN, top + grid.height + MARGIN), BACKGROUND)
-    if title:
-        write_line(canvas, (MARGIN, MARGIN - 2), title, heading, width)
-    grid.draw(canvas, (MARGIN, top), [enlarge(image, factor) for image in images], captions)
-    return canvas
 
 
 @dataclass(frozen=True)
@@ -218,7 +129,7 @@ class TraceRecorder:
                 file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=False
             )
 
-        _write(path, write)
+        write_picture(path, write)
 
     def _frames(self, decode: Decode, captions: Sequence[str] | None, limit: int) -> Iterator[Image.Image]:
         """The finished frame first, because the palette comes from it, then the AR steps."""
@@ -229,7 +140,7 @@ class TraceRecorder:
             raise ValueError(f"limit must be at least 1, not {limit}")
         batch = len(self._steps[0].predicted)
         if captions is not None:
-            _check_captions(captions, batch)
+            check_captions(captions, batch)
             captions = captions[:limit]
         shown = min(batch, limit)
         architecture = self._architecture
@@ -257,7 +168,7 @@ class TraceRecorder:
     def _decoded(self, decode: Decode, latents: NDArray[np.float32]) -> Pixels:
         # A copy, because the recording goes on in the same array.
         images = decode(latents.copy())
-        _check_pixels(images)
+        check_pixels(images)
         expected = (len(latents), *self._architecture.image_size, 3)
         if images.shape != expected:
             raise ValueError(f"decoded images are {list(images.shape)}, not {list(expected)}")
@@ -369,29 +280,3 @@ def _legend(plan: SamplingPlan) -> list[tuple[str, Colour]]:
     if any(step.refined for step in plan.steps):
         entries.append(("refined", REFINED_COLOUR))
     return entries
-
-
-def _check_pixels(images: Pixels) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        raise ValueError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
-
-
-def _check_captions(captions: Sequence[str], count: int) -> None:
-    if len(captions) != count:
-        raise ValueError(f"{len(captions)} captions for {count} images")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"settings cannot hold a {type(value).__name__}")
-
-
-def _write(path: Path, save: Callable[[Path], None]) -> None:
-    try:
-        with atomic_path(path) as temporary:
-            save(temporary)
-    except OSError as error:
-        raise GtrError(f"cannot write {path}: {error.strerror or error}") from None

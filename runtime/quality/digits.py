@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.class_conditioner import DIGITS, ClassConditioner
+from ..models.conditioning import Conditioner, Request
 from .estimates import Estimate, inception_score, normal_interval, wilson_interval
 from .frechet import FeatureStatistics, Floats64, feature_statistics, frechet_distance, weighted_statistics
 
@@ -185,6 +187,11 @@ class DigitsMeasure:
     features = "perceptron 64-100-32-10, 32 numbers of its last hidden layer"
     reference = "1,797 real digits"
 
+    @staticmethod
+    def suits(conditioner: Conditioner) -> bool:
+        """Whether a model's pictures are digits: its classes are called so."""
+        return isinstance(conditioner, ClassConditioner) and conditioner.class_names == DIGITS
+
     def tally(self, images: int) -> DigitTally:
         """An empty one; keeps 43 numbers of each picture."""
         return DigitTally(real_digits())
@@ -197,9 +204,9 @@ class DigitTally:
         self._real = real
         self._parts: list[DigitSample] = []
 
-    def add(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+    def add(self, images: NDArray[np.uint8], requests: Sequence[Request]) -> None:
         """See :class:`quality.Tally`."""
-        self._parts.append(self._real.sample(images, labels))
+        self._parts.append(self._real.sample(images, np.asarray(requests, dtype=np.int64)))
 
     def sample(self) -> DigitSample:
         """Everything added so far."""

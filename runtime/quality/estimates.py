@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.conditioning import Request
+
 Z = 1.96
 """Half a 95 % interval in standard errors."""
 
@@ -30,8 +32,8 @@ class Estimate:
 class Tally(Protocol):
     """Takes one plan's pictures batch by batch and says what they are worth."""
 
-    def add(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        """A batch uint8 [n, H, W, 3] that was asked to be ``labels`` [n]."""
+    def add(self, images: NDArray[np.uint8], requests: Sequence[Request]) -> None:
+        """A batch uint8 [n, H, W, 3] and the n requests that it was made for."""
         ...
 
     def figures(self) -> dict[str, Estimate]:
@@ -43,7 +45,7 @@ class Tally(Protocol):
         ...
 
     def less(self, other: Any) -> dict[str, Estimate]:
-        """This one's figures less those of another tally of the same seeds and labels; empty where nothing pairs."""
+        """This one's figures less those of another tally of the same seeds and requests; empty where nothing pairs."""
         ...
 
 
@@ -61,11 +63,6 @@ class Measure(Protocol):
     def tally(self, images: int) -> Tally:
         """An empty one, for ``images`` pictures."""
         ...
-
-
-def balanced_labels(count: int, classes: int) -> NDArray[np.int64]:
-    """int64 [count]: 0, 1, ..., classes - 1, 0, 1, ...; the first classes get one more where it does not divide."""
-    return np.arange(count, dtype=np.int64) % classes
 
 
 def inception_score(posteriors: NDArray[np.float64], weights: NDArray[np.int64] | None = None) -> float:

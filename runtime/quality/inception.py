@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import GtrError, UsageError
 from ..machine.plugins import load_plugin
+from ..models.conditioning import Request
 from .estimates import Estimate, Z, negative_entropy
 from .frechet import FeatureStatistics, StatisticsSum, frechet_distance
 
@@ -64,8 +65,8 @@ class InceptionTally:
         self._counts, self._entropies = np.zeros(splits), np.zeros(splits)
         self._posteriors: NDArray[np.float64] | None = None
 
-    def add(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        """See :class:`quality.Tally`; labels do not matter here."""
+    def add(self, images: NDArray[np.uint8], requests: Sequence[Request]) -> None:
+        """See :class:`quality.Tally`; what was asked for does not matter here."""
         features, posteriors = self._extract(images)
         posteriors = np.asarray(posteriors, dtype=np.float64)
         splits = len(self._counts)

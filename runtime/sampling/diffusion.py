@@ -1,7 +1,7 @@
 """Respaced DDPM tables for the diffusion head, in float64 NumPy.
 
 Source: the original MAR code's diffusion/respace.py and diffusion/gaussian_diffusion.py (improved-diffusion lineage).
-Does not know the network: a reverse step is ``COEFFICIENTS`` numbers per token, applied in the diffusion step graph.
+Does not know the network: a reverse step is ``graphs.COEFFICIENTS`` numbers per token, applied in the graph.
 """
 
 from __future__ import annotations
@@ -17,17 +17,6 @@ from ..errors import PlanError
 
 TRAINING_STEPS = 1000
 """Diffusion timesteps that MAR is trained with."""
-
-COEFFICIENTS = (
-    "sqrt_recip_alpha_bar",
-    "sqrt_recipm1_alpha_bar",
-    "posterior_mean_x0",
-    "posterior_mean_xt",
-    "posterior_log_variance",
-    "log_beta",
-    "noise_scale",
-)
-"""Columns of the diffusion step graph's ``coefficients`` input, in order."""
 
 
 def cosine_betas(steps: int = TRAINING_STEPS) -> NDArray[np.float64]:
@@ -70,7 +59,7 @@ class ReverseProcess:
 
     Attributes:
         timesteps: int64 [T], original indices, what the head is told.
-        coefficients: float32 [T, len(COEFFICIENTS)], at temperature 1.
+        coefficients: float32 [T, len(graphs.COEFFICIENTS)], at temperature 1.
     """
 
     timesteps: NDArray[np.int64]
@@ -80,6 +69,10 @@ class ReverseProcess:
     def steps(self) -> int:
         """T, the number of reverse steps."""
         return len(self.timesteps)
+
+    def part(self, start: int, stop: int | None = None) -> ReverseProcess:
+        """Some consecutive steps."""
+        return ReverseProcess(self.timesteps[start:stop], self.coefficients[start:stop])
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import PlanError
 from ..models.architecture import Architecture
-from ..models.flops import backbone_flops, head_flops
+from ..models.families import FAMILIES, family_of
+from ..models.family import Family
 from .diffusion import TRAINING_STEPS, kept_timesteps
 from .orders import ORDERS, PARITIES, stage_sets
 from .selection import FTS_RULES, refined_count
@@ -84,22 +85,19 @@ class PlanSettings:
 MODEL_DEFAULTS = ("cfg", "cfg_schedule", "max_timestep", "temperature")
 """Settings for which a model can have defaults of its own."""
 
-_BASELINE: dict[str, Any] = {"token_schedule": "cosine", "generation_diffusion": (100, 100), "fts": "none"}
-#: mar, mar-256: as MAR published them; gtr [paper]; gtr-compact, gtr-fast, halton's step counts [ours]; disa: DiSA.
-PRESETS: dict[str, PlanSettings] = {
-    settings.name: settings
-    for settings in (
-        PlanSettings("mar", (64,), order="random", **_BASELINE),
-        PlanSettings("mar-256", (256,), order="random", **_BASELINE),
-        PlanSettings("gtr", (24, 6, 2)),
-        PlanSettings("gtr-compact", (24, 6, 2), context="compact"),
-        PlanSettings("gtr-fast", (12, 3, 1)),
-        replace(
-            PlanSettings("disa", (64,), order="random", **_BASELINE), generation_diffusion=(50, 5), max_timestep=950
-        ),
-        PlanSettings("halton", (16,), order="halton", **_BASELINE),
-    )
-}
+
+def presets_of(family: Family) -> dict[str, PlanSettings]:
+    """The presets of a model family, by name."""
+    return {name: PlanSettings(name, **settings) for name, settings in family.presets.items()}
+
+
+def preset_names() -> tuple[str, ...]:
+    """Every name that is a preset of some family."""
+    return tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.presets))
+
+
+PRESETS: dict[str, PlanSettings] = presets_of(FAMILIES["mar"])
+"""The presets of class-conditional MAR; what differs between models comes with :func:`preset`."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | 
     """A preset fitted to a model: AR steps cut to the tokens a stage has, then the model's own defaults.
 
     Args:
-        name: a key of :data:`PRESETS`.
+        name: a preset of the model's family.
         architecture: the model.
         defaults: settings of the model, for example its published ``cfg``; a ``max_timestep`` only ever lowers the
             preset's.
@@ -174,9 +172,10 @@ def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | 
     Raises:
         PlanError: unknown preset, or no such stages on this grid.
     """
-    if name not in PRESETS:
-        raise PlanError(f"plan {name!r} is not one of {', '.join(PRESETS)}")
-    settings = PRESETS[name]
+    known = presets_of(family_of(architecture))
+    if name not in known:
+        raise PlanError(f"plan {name!r} is not one of {', '.join(known)}")
+    settings = known[name]
     sets = stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)
     steps = tuple(min(wanted, len(members)) for wanted, members in zip(settings.stage_steps, sets, strict=True))
     values = dict(defaults or {})
@@ -194,6 +193,9 @@ def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
         PlanError: a setting is out of range or does not fit the model; one line that names it.
     """
     _check(settings)
+    family = family_of(architecture)
+    if settings.cfg != 1.0 and not family.conditioner.inputs:
+        raise PlanError(f"cfg {settings.cfg:g}: {architecture.name} has nothing that it could be guided to; give 1")
     sizes = [len(members) for members in stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)]
     counts = [
         _stage_counts(index, size, wanted, settings.token_schedule)
@@ -238,8 +240,8 @@ def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
                     refined_diffusion_steps=refined_steps,
                     guidance=guidance,
                     branches=branches,
-                    backbone_flops=backbone_flops(architecture, known, predicted, context, branches),
-                    head_flops=chain * head_flops(architecture, branches),
+                    backbone_flops=family.backbone_flops(architecture, known, predicted, context, branches),
+                    head_flops=chain * family.head_flops(architecture, branches),
                 )
             )
             known = after
@@ -272,24 +274,24 @@ def _stage_counts(stage: int, size: int, steps: int, schedule: str) -> list[int]
 
 
 def _check(settings: PlanSettings) -> None:
-    def one_of(label: str, value: str, choices: tuple[str, ...]) -> None:
+    def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
         if value not in choices:
-            raise PlanError(f"{label} {value!r} is not one of {', '.join(choices)}")
+            raise PlanError(f"{what} {value!r} is not one of {', '.join(choices)}")
 
-    def whole(label: str, value: Any) -> None:
+    def whole(what: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise PlanError(f"{label} {value!r} is not a whole number")
+            raise PlanError(f"{what} {value!r} is not a whole number")
 
-    def number(label: str, value: Any, low: float, high: float) -> None:
+    def number(what: str, value: Any, low: float, high: float) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise PlanError(f"{label} {value!r} is not in {low:g}..{high:g}")
+            raise PlanError(f"{what} {value!r} is not in {low:g}..{high:g}")
 
-    for label, numbers in (
+    for what, numbers in (
         ("stage steps", settings.stage_steps),
         ("generation diffusion steps", settings.generation_diffusion),
     ):
         if not isinstance(numbers, tuple | list):
-            raise PlanError(f"{label} {numbers!r} is not a list of whole numbers")
+            raise PlanError(f"{what} {numbers!r} is not a list of whole numbers")
     if not settings.stage_steps:
         raise PlanError("stage steps are empty: give AR steps per stage, for example 24,6,2")
     for steps in settings.stage_steps:
@@ -305,17 +307,17 @@ def _check(settings: PlanSettings) -> None:
         raise PlanError(f"max timestep {settings.max_timestep} is not in 0..{TRAINING_STEPS - 1}")
     if len(settings.generation_diffusion) != 2:
         raise PlanError("generation diffusion steps are two numbers, first and last")
-    for label, count in (
+    for what, count in (
         ("generation diffusion steps", settings.generation_diffusion[0]),
         ("generation diffusion steps", settings.generation_diffusion[1]),
         ("reconstruction diffusion steps", settings.reconstruction_diffusion),
         ("FTS diffusion steps", settings.fts_diffusion),
     ):
-        whole(label, count)
+        whole(what, count)
         try:
             kept_timesteps(count, settings.max_timestep)
         except PlanError as error:
-            raise PlanError(f"{label}: {error}") from None
+            raise PlanError(f"{what}: {error}") from None
     number("FTS fraction", settings.fts_fraction, 0.0, 1.0)
     number("cfg", settings.cfg, 0.0, 100.0)
     number("temperature", settings.temperature, 0.0, 10.0)

@@ -7,8 +7,8 @@ library.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
+from .chains import chain_shape
 from .plan import ARStep, PlanSettings, SamplingPlan
 from .selection import SCORED_RULES
 
@@ -20,34 +20,6 @@ Range = tuple[int, int, int]
 
 Profile = dict[str, Range]
 """Axis letter to range."""
-
-
-@dataclass(frozen=True)
-class ChainShape:
-    """How the reverse steps of one AR step divide, for one image.
-
-    Attributes:
-        longer: tokens with the longer chain that run alone at first; 0 where all chains are equally long.
-        alone: reverse steps that they take alone.
-        common: reverse steps that all tokens take together.
-        refined_longer: whether the longer chain is that of the refined tokens.
-    """
-
-    longer: int
-    alone: int
-    common: int
-    refined_longer: bool
-
-
-def chain_shape(step: ARStep) -> ChainShape:
-    """The division of one AR step's reverse steps; both chains end together."""
-    plain, refined = step.diffusion_steps, step.refined_diffusion_steps
-    if step.refined == 0:
-        return ChainShape(0, 0, plain, False)
-    if step.refined == step.predicted or plain == refined:
-        return ChainShape(0, 0, refined, False)
-    longer = step.refined if refined > plain else step.predicted - step.refined
-    return ChainShape(longer, abs(refined - plain), min(refined, plain), refined > plain)
 
 
 def step_shapes(step: ARStep, settings: PlanSettings, batch: int) -> list[tuple[str, Sizes, int]]:

@@ -11,9 +11,9 @@ from compare_memory import largest_jobs
 
 from gtr_deploy.runtime import BackendError
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES
-from gtr_deploy.runtime.models.flops import backbone_flops
+from gtr_deploy.runtime.models.mar import backbone_flops
+from gtr_deploy.runtime.sampling.chains import chain_shape
 from gtr_deploy.runtime.sampling.plan import PRESETS, ARStep, preset, resolve
-from gtr_deploy.runtime.sampling.shapes import chain_shape
 
 MAR_B = ARCHITECTURES["mar-b"]
 PER_CHAIN, PER_ROW = 0.01, 0.001

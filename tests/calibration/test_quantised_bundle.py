@@ -22,7 +22,7 @@ from gtr_deploy.runtime.backends.registry import BackendOptions, open_backend, r
 from gtr_deploy.runtime.bundle.reader import MANIFEST, Bundle, stored_graph
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, UsageError
-from gtr_deploy.runtime.models.graphs import graph_specs
+from gtr_deploy.runtime.models.families import graph_specs
 from gtr_deploy.runtime.pipeline import Pipeline
 
 QUIET = Reporter(quiet=True)

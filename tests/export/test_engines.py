@@ -21,7 +21,8 @@ from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Phases, Reporter
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine.examine import Machine
-from gtr_deploy.runtime.models.graphs import GraphSpec, graph_specs
+from gtr_deploy.runtime.models.families import graph_specs
+from gtr_deploy.runtime.models.graphs import GraphSpec
 from gtr_deploy.runtime.sampling.shapes import Profile
 
 pytest.importorskip("tensorrt_rtx", reason="the real builder is TensorRT-RTX; pip install 'gtr-deploy[tensorrt-rtx]'")
@@ -270,7 +271,7 @@ from gtr_deploy.export.engines.target import choose_target
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.models.graphs import graph_specs
+from gtr_deploy.runtime.models.families import graph_specs
 from gtr_deploy.runtime.machine.examine import Gpu, Machine
 
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])

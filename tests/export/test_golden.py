@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from gtr_deploy.export.graphs.onnx_export import export_graph
 from gtr_deploy.export.reference.networks import build_graph_module
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.backends.protocol import Backend, Condition, DiffusionChain, Floats, Integers
+from gtr_deploy.runtime.backends.protocol import Backend
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS, graph_specs
+from gtr_deploy.runtime.models.families import graph_specs
+from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS
+from gtr_deploy.runtime.sampling.chains import DiffusionChain, Floats, Integers
 from gtr_deploy.runtime.sampling.loop import sample
 from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.plan import PlanSettings, resolve

@@ -21,7 +21,8 @@ from gtr_deploy.export.reference.networks import build_graph_module
 from gtr_deploy.export.verify.verify import graph_inputs, relative_error
 from gtr_deploy.runtime.errors import GtrError
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
-from gtr_deploy.runtime.models.graphs import GraphSpec, graph_specs
+from gtr_deploy.runtime.models.families import graph_specs
+from gtr_deploy.runtime.models.graphs import GraphSpec
 
 DIGITS = ARCHITECTURES["mar-digits"]
 #: Not square, odd, with the VAE: nothing may depend on mar-digits' sizes.

@@ -14,11 +14,12 @@ from golden import load_case, relative_error, torch_backend
 from gtr_deploy.export.reference import torch_backend as module
 from gtr_deploy.export.reference.torch_backend import TorchBackend, open_backend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.backends.protocol import Backend, Floats
+from gtr_deploy.runtime.backends.protocol import Backend
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError, GtrError
 from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES
 from gtr_deploy.runtime.pipeline import Pipeline
+from gtr_deploy.runtime.sampling.chains import Floats
 from gtr_deploy.runtime.sampling.loop import sample
 
 no_cuda_here = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has CUDA here")

@@ -10,7 +10,7 @@ from fakes.tensorrt import fake_engine_bytes
 from gtr_deploy.runtime.bundle.engine_sets import EngineGraph, EngineSet
 from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
 from gtr_deploy.runtime.machine.examine import Gpu, Machine
-from gtr_deploy.runtime.models.graphs import graph_specs
+from gtr_deploy.runtime.models.families import graph_specs
 from gtr_deploy.runtime.sampling.plan import SamplingPlan, preset, resolve
 from gtr_deploy.runtime.sampling.shapes import Profile, profiles
 

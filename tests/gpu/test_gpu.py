@@ -16,11 +16,12 @@ from golden import CASES, WEIGHT_SETS, load_case, load_weights, relative_error
 from gtr_deploy.export.reference.networks import build_networks
 from gtr_deploy.export.reference.torch_backend import TorchBackend, open_backend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.backends.protocol import Backend, Floats
+from gtr_deploy.runtime.backends.protocol import Backend
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.machine.examine import Machine, examine_machine
 from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES
 from gtr_deploy.runtime.pipeline import Generation, Pipeline
+from gtr_deploy.runtime.sampling.chains import Floats
 from gtr_deploy.runtime.sampling.loop import sample
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtr_deploy.runtime.errors import PlanError
-from gtr_deploy.runtime.sampling.diffusion import COEFFICIENTS, cosine_betas, kept_timesteps, reverse_process
+from gtr_deploy.runtime.models.graphs import COEFFICIENTS
+from gtr_deploy.runtime.sampling.diffusion import cosine_betas, kept_timesteps, reverse_process
 
 
 def training_alpha_bars() -> list[float]:

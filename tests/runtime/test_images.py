@@ -16,7 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gtr_deploy.runtime.errors import GtrError, UsageError
-from gtr_deploy.runtime.pictures.trace import SETTINGS_KEY, contact_sheet, read_settings, save_png
+from gtr_deploy.runtime.pictures.png import SETTINGS_KEY, read_settings, save_png
+from gtr_deploy.runtime.pictures.sheet import contact_sheet
 
 IMAGE = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8)
 

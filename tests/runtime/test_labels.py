@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtr_deploy.runtime.errors import UsageError
-from gtr_deploy.runtime.models.class_names import class_name, class_names, parse_classes
+from gtr_deploy.runtime.models.class_conditioner import class_name, class_names, parse_classes
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 #: First names that stand for one class only, by index.

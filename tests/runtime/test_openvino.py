@@ -29,7 +29,8 @@ from gtr_deploy.runtime.backends.registry import BackendOptions, open_backend
 from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine.openvino import import_openvino
-from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS, graph_specs
+from gtr_deploy.runtime.models.families import graph_specs
+from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.sampling.loop import sample
 from gtr_deploy.runtime.sampling.plan import PRESETS

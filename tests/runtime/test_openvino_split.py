@@ -18,7 +18,8 @@ from gtr_deploy.runtime.backends.openvino.split import split
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine.openvino import cpu_capabilities, import_openvino
-from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS, graph_specs
+from gtr_deploy.runtime.models.families import graph_specs
+from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS
 from gtr_deploy.runtime.pipeline import Pipeline
 
 openvino = import_openvino()

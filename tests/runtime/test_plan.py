@@ -20,7 +20,8 @@ from gtr_deploy.export.graphs.backbone import Backbone
 from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
 from gtr_deploy.runtime.errors import PlanError
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
-from gtr_deploy.runtime.models.flops import backbone_flops, head_flops
+from gtr_deploy.runtime.models.flops import head_flops
+from gtr_deploy.runtime.models.mar import backbone_flops
 from gtr_deploy.runtime.sampling.plan import PRESETS, PlanSettings, SamplingPlan, preset, resolve
 
 MAR_B, MAR_H = ARCHITECTURES["mar-b"], ARCHITECTURES["mar-h"]

@@ -20,7 +20,7 @@ from gtr_deploy.runtime.commands.doctor import can_run, diagnose
 from gtr_deploy.runtime.commands.timing import PARTS, Measurement
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine.examine import examine_machine
-from gtr_deploy.runtime.pictures.trace import read_settings
+from gtr_deploy.runtime.pictures.png import read_settings
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.sampling.plan import PlanSettings
 

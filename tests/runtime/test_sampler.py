@@ -11,11 +11,12 @@ from golden import load_case, relative_error, torch_backend
 from numpy.typing import NDArray
 
 from gtr_deploy.export.reference.torch_backend import TorchBackend
-from gtr_deploy.runtime.backends.protocol import Condition, DiffusionChain, Floats, Integers
 from gtr_deploy.runtime.errors import BackendError, UsageError
 from gtr_deploy.runtime.models.architecture import Architecture
+from gtr_deploy.runtime.sampling.chains import DiffusionChain, Floats, Integers, diffusion_chain
 from gtr_deploy.runtime.sampling.diffusion import kept_timesteps, reverse_process
-from gtr_deploy.runtime.sampling.loop import StepResult, diffusion_chain, sample
+from gtr_deploy.runtime.sampling.job import StepResult
+from gtr_deploy.runtime.sampling.loop import sample
 from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.plan import ARStep, PlanSettings, resolve
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from gtr_deploy.runtime.backends.tensorrt.device_layout import ALIGNMENT, device_layout, ordered_to_grid
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS
+from gtr_deploy.runtime.sampling.chains import chain_shape
 from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.orders import generation_orders
 from gtr_deploy.runtime.sampling.plan import PRESETS, SamplingPlan, preset, resolve
-from gtr_deploy.runtime.sampling.shapes import call_shapes, chain_shape, covering, described, profiles
+from gtr_deploy.runtime.sampling.shapes import call_shapes, covering, described, profiles
 
 MODELS = ("mar-h", "mar-digits")
 

@@ -17,13 +17,13 @@ import pytest
 from fakes.bundles import add_fake_engines, fake_host
 from fakes.machine import Error, FakeMachine
 
-from gtr_deploy.runtime.backends.protocol import StepResult
 from gtr_deploy.runtime.backends.tensorrt.backend import KEPT_PROGRAMS, TensorRTBackend, open_tensorrt
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.timing import measure
 from gtr_deploy.runtime.errors import BackendError, BundleError, UsageError
 from gtr_deploy.runtime.files import cache_dir
 from gtr_deploy.runtime.pipeline import Pipeline
+from gtr_deploy.runtime.sampling.job import StepResult
 from gtr_deploy.runtime.sampling.plan import SamplingPlan, preset, resolve
 
 

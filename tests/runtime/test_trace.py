@@ -14,7 +14,7 @@ from gtr_deploy.runtime.errors import GtrError
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.pictures import trace as module
 from gtr_deploy.runtime.pictures.trace import REFINED_COLOUR, STAGE_COLOURS, UNKNOWN_GREYS, TraceRecorder
-from gtr_deploy.runtime.sampling.loop import StepResult
+from gtr_deploy.runtime.sampling.job import StepResult
 from gtr_deploy.runtime.sampling.orders import generation_orders
 from gtr_deploy.runtime.sampling.plan import SamplingPlan, preset, resolve
 

@@ -6,22 +6,39 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendError
-from ..protocol import Condition, DiffusionChain, Floats, Integers
+from ...models.conditioning import Arrays
+from ...sampling.chains import DiffusionChain, Floats, Integers
+from ...sampling.loop import BackboneOutput
+from ..host_loop import HostLoopBackend
 from .bound import BoundGraphs
 
 INSTALL = "pip install 'gtr-deploy[cpu]'"
 INSTALL_CUDA = "pip install 'gtr-deploy[gpu]'"
+_FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class OnnxRuntimeBackend:
+@dataclass(frozen=True)
+class GraphInMemory:
+    """A changed copy of a graph whose large weights stay in the original's file.
+
+    Attributes:
+        model: serialized, without external data.
+        file: the original.
+    """
+
+    model: bytes
+    file: Path
+
+
+class OnnxRuntimeBackend(HostLoopBackend):
     """Sessions for a bundle's graphs, on the CPU or the CUDA provider.
 
     Attributes:
@@ -32,7 +49,7 @@ class OnnxRuntimeBackend:
 
     def __init__(
         self,
-        graphs: Mapping[str, Path],
+        graphs: Mapping[str, Path | GraphInMemory],
         threads: int | None = None,
         provider: str = "cpu",
         device: int = 0,
@@ -44,7 +61,7 @@ class OnnxRuntimeBackend:
         """Opens a session for each graph.
 
         Args:
-            graphs: graph kind to ONNX file.
+            graphs: graph kind to ONNX file, or to a changed copy of one.
             threads: intra-op threads; ONNX Runtime's default (physical cores) if None.
             provider: ``cpu`` or ``cuda``. CUDA computes float32 products in float32, not TF32.
             device: index of the GPU.
@@ -67,15 +84,8 @@ class OnnxRuntimeBackend:
         self._provider, self._device = provider, device
         if provider == "cuda":
             _check_cuda(onnxruntime)
-        self._options = onnxruntime.SessionOptions()
-        self._options.log_severity_level = 3
-        if not optimised:
-            self._options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if threads is not None:
-            self._options.intra_op_num_threads = threads
-        # Each graph has its own thread pool. Left to themselves, idle threads go on spinning after a call and take the
-        # cores from the next graph's: 1.6 to 1.9 times the time of mar-digits on two cores, 1.04 to 1.08 of mar-b.
-        self._options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._threads, self._optimised = threads, optimised
+        self._options = self._session_options()
         fixed = (provider == "cuda") if cuda_graphs is None else cuda_graphs
         self._sessions: dict[str, Any] = {}
         self._bound: BoundGraphs | None = None
@@ -104,13 +114,29 @@ class OnnxRuntimeBackend:
         graphs = self._provider == "cuda" and self._bound is not None and self._bound.fixed
         return f"{self.name} {self._provider}" + (", CUDA graphs" if graphs else "")
 
-    def _open(self, path: Path, cuda_graph: bool = False) -> Any:
+    def _session_options(self) -> Any:
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        if not self._optimised:
+            options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        # Each graph has its own thread pool. Left to themselves, idle threads go on spinning after a call and take the
+        # cores from the next graph's: 1.6 to 1.9 times the time of mar-digits on two cores, 1.04 to 1.08 of mar-b.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    def _open(self, graph: Path | GraphInMemory, cuda_graph: bool = False) -> Any:
         providers: list[Any] = [PROVIDERS["cpu"]]
         if self._provider == "cuda":
             settings = {"device_id": str(self._device), "use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
             providers.insert(0, (PROVIDERS["cuda"], settings))
+        path, source, options = graph, str(graph), self._options
+        if isinstance(graph, GraphInMemory):
+            path, source, options = graph.file, graph.model, self._session_options()
+            options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent.resolve()))
         try:
-            session = self._runtime.InferenceSession(str(path), self._options, providers=providers)
+            session = self._runtime.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
             raise BackendError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
         # A CUDA provider whose libraries do not load is dropped without an error.
@@ -122,12 +148,7 @@ class OnnxRuntimeBackend:
             )
         return session
 
-    def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """One graph call with plain arrays.
-
-        Raises:
-            BackendError: the graph is not there, or the call fails.
-        """
+    def run_graph(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         options = None
         if self._provider == "cuda":
             # Plain arrays have no fixed addresses, so such a call must neither be captured nor replayed.
@@ -147,45 +168,26 @@ class OnnxRuntimeBackend:
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in the {kind} graph: {_first_line(error)}") from error
 
-    def condition(
-        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
-    ) -> Condition:
-        if self._bound is not None:
-            with self._one_line_errors("backbone"):
-                return self._bound.condition(tokens, visible, predict, context, labels)
-        inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, "labels": labels}
-        (z,) = self.run("backbone", inputs)
-        branches, batch, predicted, width = z.shape
-        return Condition((branches, batch, predicted, width), z)
+    def backbone(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays
+    ) -> BackboneOutput:
+        if (bound := self._bound) is None:
+            return super().backbone(tokens, visible, predict, context, conditioning)
+        inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, **conditioning}
+        with self._one_line_errors("backbone"):
+            return self.hooked("backbone", inputs, lambda: (bound.backbone(inputs),))[0]
 
-    def detail(self, condition: Condition) -> tuple[Floats, Floats]:
-        if self._bound is not None:
-            with self._one_line_errors("detail_score"):
-                return self._bound.detail(condition)
-        score, norm = self.run("detail_score", {"z": condition.value[0]})
-        return score, norm
+    def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
+        if (bound := self._bound) is None:
+            return super().detail(z)
+        with self._one_line_errors("detail_score"):
+            return self.hooked("detail_score", {}, lambda: bound.detail(z))
 
-    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
-        if self._bound is not None:
-            with self._one_line_errors("diffusion_step"):
-                return self._bound.denoise(condition, chain)
-        branches, batch, predicted, width = condition.shape
-        z = condition.value.reshape(branches, batch * predicted, width)[:, chain.rows]
-        x = chain.x.copy()
-        for segment in chain.segments:
-            n = segment.rows
-            inputs = {"x": x[:n], "z": np.ascontiguousarray(z[:, :n]), "guidance": chain.guidance[:n]}
-            for index in range(len(segment.timesteps)):
-                inputs["timestep"] = segment.timesteps[index]
-                inputs["coefficients"] = segment.coefficients[index]
-                inputs["noise"] = segment.noise[index]
-                (inputs["x"],) = self.run("diffusion_step", inputs)
-            x[:n] = inputs["x"]
-        return x
-
-    def decode(self, latents: Floats) -> NDArray[np.uint8]:
-        (image,) = self.run("decoder", {"latents": latents})
-        return image
+    def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
+        if (bound := self._bound) is None:
+            return super().denoise(z, chain)
+        with self._one_line_errors("diffusion_step"):
+            return self.hooked("diffusion_step", {}, lambda: (bound.denoise(z, chain),))[0]
 
 
 def _check_cuda(runtime: Any) -> None:

@@ -7,14 +7,15 @@ so that a part of one (a step of a table, the first n rows of x, z without its b
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol import Condition, DiffusionChain, Floats, Integers
+from ...sampling.chains import DiffusionChain, Floats
+from ...sampling.loop import BackboneOutput
 
 ALIGNMENT = 256
 """Bytes; what cudaMalloc guarantees, so that no bound address is worse than an allocation of its own."""
@@ -54,12 +55,9 @@ class BoundGraphs:
         self._reopen_step = reopen_step
         self._shapes: dict[tuple[int, int], _FixedStep] = {}
 
-    def condition(
-        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
-    ) -> Condition:
-        """The backbone; the value is z as an OrtValue on the device."""
+    def backbone(self, inputs: Mapping[str, NDArray[Any]]) -> BackboneOutput:
+        """The value is z as an OrtValue on the device."""
         binding = self._sessions["backbone"].io_binding()
-        inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, "labels": labels}
         for name, value in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
         binding.bind_output("z", *self._device)
@@ -67,24 +65,24 @@ class BoundGraphs:
         self._sessions["backbone"].run_with_iobinding(binding)
         z = binding.get_outputs()[0]
         branches, batch, predicted, width = z.shape()
-        return Condition((branches, batch, predicted, width), z)
+        return BackboneOutput((branches, batch, predicted, width), z)
 
-    def detail(self, condition: Condition) -> tuple[Floats, Floats]:
+    def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
         """Score and norm [B, P]; only these leave the device."""
         binding = self._sessions["detail_score"].io_binding()
         # Branch 0 is the first part of z.
-        self._bind(binding, "z", condition.shape[1:], condition.value.data_ptr())
+        self._bind(binding, "z", z.shape[1:], z.value.data_ptr())
         for name in ("score", "norm"):
             binding.bind_output(name)
         self._sessions["detail_score"].run_with_iobinding(binding)
         score, norm = binding.copy_outputs_to_cpu()
         return score, norm
 
-    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
+    def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         """The whole chain; x_0 [N, C]."""
         if self.fixed:
             try:
-                return self._denoise_fixed(condition, chain)
+                return self._denoise_fixed(z, chain)
             except Exception as error:  # ONNX Runtime's own exceptions share no base class
                 reason = " ".join(str(error).split())[:200]
                 warnings.warn(
@@ -93,9 +91,9 @@ class BoundGraphs:
                 self.fixed = False
                 self._shapes.clear()
                 self._sessions["diffusion_step"] = self._reopen_step()
-        return self._denoise(condition, chain)
+        return self._denoise(z, chain)
 
-    def _denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
+    def _denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         """One upload for all tables of the chain, x in two buffers by turns, one download."""
         session, channels = self._sessions["diffusion_step"], chain.x.shape[1]
         tables = _Packed()
@@ -108,9 +106,9 @@ class BoundGraphs:
         current = 0
         for segment, (timesteps, coefficients, noise) in zip(chain.segments, steps, strict=True):
             n = segment.rows
-            z = self._rows_of_z(condition, chain, base + rows.offset, n, buffers[0].data_ptr(), None)
+            own = self._rows_of_z(z, chain, base + rows.offset, n, buffers[0].data_ptr(), None)
             binding = session.io_binding()
-            self._bind(binding, "z", (condition.shape[0], n, condition.shape[3]), z.data_ptr())
+            self._bind(binding, "z", (z.shape[0], n, z.shape[3]), own.data_ptr())
             self._bind(binding, "guidance", (n,), base + guidance.offset)
             for index in range(len(segment.timesteps)):
                 self._bind(binding, "x", (n, channels), buffers[current].data_ptr())
@@ -124,16 +122,16 @@ class BoundGraphs:
                 session.run_with_iobinding(binding)
         return np.array(buffers[current].numpy())
 
-    def _denoise_fixed(self, condition: Condition, chain: DiffusionChain) -> Floats:
+    def _denoise_fixed(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         session, x = self._sessions["diffusion_step"], chain.x.copy()
         rows = self._put(chain.rows)
         unsorted = self._put(chain.x)
         for segment in chain.segments:
             n = segment.rows
-            step = self._fixed_step(condition, n, chain.x.shape[1], segment.coefficients.shape[2])
+            step = self._fixed_step(z, n, chain.x.shape[1], segment.coefficients.shape[2])
             step.x[0].update_inplace(x[:n])
             step.guidance.update_inplace(chain.guidance[:n])
-            self._rows_of_z(condition, chain, rows.data_ptr(), n, unsorted.data_ptr(), step.z)
+            self._rows_of_z(z, chain, rows.data_ptr(), n, unsorted.data_ptr(), step.z)
             for index in range(len(segment.timesteps)):
                 step.timestep.update_inplace(segment.timesteps[index])
                 step.coefficients.update_inplace(segment.coefficients[index])
@@ -142,10 +140,10 @@ class BoundGraphs:
             x[:n] = step.x[len(segment.timesteps) % 2].numpy()
         return x
 
-    def _fixed_step(self, condition: Condition, n: int, channels: int, table: int) -> _FixedStep:
-        key = condition.shape[0], n
+    def _fixed_step(self, z: BackboneOutput, n: int, channels: int, table: int) -> _FixedStep:
+        key = z.shape[0], n
         if key not in self._shapes:
-            branches, width = condition.shape[0], condition.shape[3]
+            branches, width = z.shape[0], z.shape[3]
             x = (self._empty((n, channels)), self._empty((n, channels)))
             inputs = {
                 "z": self._empty((branches, n, width)),
@@ -173,17 +171,17 @@ class BoundGraphs:
         return self._shapes[key]
 
     def _rows_of_z(
-        self, condition: Condition, chain: DiffusionChain, rows: int, n: int, x: int, target: Any | None
+        self, z: BackboneOutput, chain: DiffusionChain, rows: int, n: int, x: int, target: Any | None
     ) -> Any:
         """z [G, n, D] of the chain's first n rows, into ``target`` if given.
 
         The bundle's gather_rows graph does it; what it gathers from x and from noise is not needed here.
         """
         session = self._sessions["gather_rows"]
-        branches, batch, predicted, width = condition.shape
+        branches, batch, predicted, width = z.shape
         total, channels = chain.x.shape
         binding = session.io_binding()
-        self._bind(binding, "z", (branches, batch * predicted, width), condition.value.data_ptr())
+        self._bind(binding, "z", (branches, batch * predicted, width), z.value.data_ptr())
         self._bind(binding, "x", (total, channels), x)
         self._bind(binding, "noise", (1, total, channels), x)
         self._bind(binding, "rows", (n,), rows, np.int64)

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from ...errors import BackendError
 from ...machine.examine import INSTALL
 from ...machine.openvino import cpu_capabilities, import_openvino
-from ..protocol import Condition, DiffusionChain, Floats, Integers
+from ...sampling.chains import DiffusionChain, Floats
+from ...sampling.loop import BackboneOutput
+from ..host_loop import HostLoopBackend
 from .library import read_onnx, reason, version_problem
 from .split import Part, has_bfloat16, split, whole
 
@@ -28,7 +30,7 @@ in float32, see openvino_split.py. ``graph``: compiled in one piece, every tenso
 float32. On a CPU without bfloat16, OpenVINO computes all of them in float32."""
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(HostLoopBackend):
     """Compiled models for a bundle's graphs. Calls from several threads take turns.
 
     Attributes:
@@ -60,14 +62,14 @@ class OpenVinoBackend:
         self._mode = bfloat16 or ("cut" if capable else "off")
         self._lock = threading.RLock()
         self._programs: dict[str, Program] = {}
-        self.description = "openvino cpu"
+        self._description = "openvino cpu"
         core = openvino.Core()
         for kind, path in graphs.items():
             model = read_onnx(openvino, path)
             low = has_bfloat16(openvino, model)
             if low:
                 said = "bfloat16" if capable and self._mode != "off" else "bfloat16 graphs in float32"
-                self.description = f"openvino cpu, {said}"
+                self._description = f"openvino cpu, {said}"
             parts = split(openvino, model, kind) if low and self._mode == "cut" else (whole(model),)
             typed = low and self._mode == "graph"
             try:
@@ -77,12 +79,11 @@ class OpenVinoBackend:
             except Exception as error:  # OpenVINO's own exceptions share no base class
                 raise BackendError(f"OpenVINO cannot compile {path}: {reason(error)}") from error
 
-    def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """One graph call with plain arrays.
+    @property
+    def description(self) -> str:
+        return self._description
 
-        Raises:
-            BackendError: the graph is not there, or the call fails.
-        """
+    def run_graph(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         with self._program(kind) as program:
             for name, value in inputs.items():
                 program.bind(name, value)
@@ -101,44 +102,29 @@ class OpenVinoBackend:
             except Exception as error:
                 raise BackendError(f"OpenVINO failed in the {kind} graph: {reason(error)}") from error
 
-    def condition(
-        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
-    ) -> Condition:
-        inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, "labels": labels}
-        (z,) = self.run("backbone", inputs)
+    def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         branches, batch, predicted, width = z.shape
-        return Condition((branches, batch, predicted, width), z)
-
-    def detail(self, condition: Condition) -> tuple[Floats, Floats]:
-        score, norm = self.run("detail_score", {"z": condition.value[0]})
-        return score, norm
-
-    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
-        branches, batch, predicted, width = condition.shape
-        z = condition.value.reshape(branches, batch * predicted, width)[:, chain.rows]
+        sorted_z = z.value.reshape(branches, batch * predicted, width)[:, chain.rows]
         x = chain.x.copy()
         with self._program("diffusion_step") as step:
             for segment in chain.segments:
                 n = segment.rows
-                step.bind("z", z[:, :n])
-                step.bind("guidance", chain.guidance[:n])
                 # Bound once: each reverse step writes its own values into the same memory.
-                active = step.bind("x", x[:n].copy())
-                timestep = step.bind("timestep", segment.timesteps[0].copy())
-                coefficients = step.bind("coefficients", segment.coefficients[0].copy())
-                noise = step.bind("noise", segment.noise[0].copy())
+                bound = {
+                    "z": step.bind("z", sorted_z[:, :n]),
+                    "guidance": step.bind("guidance", chain.guidance[:n]),
+                    "x": step.bind("x", x[:n].copy()),
+                    "timestep": step.bind("timestep", segment.timesteps[0].copy()),
+                    "coefficients": step.bind("coefficients", segment.coefficients[0].copy()),
+                    "noise": step.bind("noise", segment.noise[0].copy()),
+                }
                 for index in range(len(segment.timesteps)):
-                    timestep[...] = segment.timesteps[index]
-                    coefficients[...] = segment.coefficients[index]
-                    noise[...] = segment.noise[index]
-                    (result,) = step.infer()
-                    active[...] = result
-                x[:n] = active
+                    bound["timestep"][...] = segment.timesteps[index]
+                    bound["coefficients"][...] = segment.coefficients[index]
+                    bound["noise"][...] = segment.noise[index]
+                    bound["x"][...] = self.hooked("diffusion_step", bound, step.infer)[0]
+                x[:n] = bound["x"]
         return x
-
-    def decode(self, latents: Floats) -> NDArray[np.uint8]:
-        (image,) = self.run("decoder", {"latents": latents})
-        return image
 
 
 class Program:

@@ -6,6 +6,7 @@ graphs never run at the same time; programs (device_program.py) are kept per pla
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,11 +20,12 @@ from ...bundle.reader import Bundle
 from ...errors import BackendError, UsageError
 from ...machine.cuda import Cuda
 from ...machine.examine import Machine, examine_machine
-from ...models.graphs import graph_specs
-from ...sampling.loop import generation_job
+from ...models.families import graph_specs
+from ...sampling.chains import Floats
+from ...sampling.job import GenerationJob, Observer, generation_job
 from ...sampling.noise import SeededNoise
 from ...sampling.plan import SamplingPlan
-from ..protocol import CUDA_GRAPH_MODES, Floats, GenerationJob, Observer
+from ..protocol import CUDA_GRAPH_MODES, CallHook, GraphCall
 from .device_layout import padded
 from .device_program import Capture, DeviceProgram
 from .engine import Engine, EngineCall
@@ -63,6 +65,9 @@ def open_tensorrt(
 class TensorRTBackend:
     """Engines of one bundle on one GPU. Use it from the thread that made it; ``close`` gives the GPU's memory back."""
 
+    hook: CallHook | None = None
+    whole_generations = True
+
     def __init__(
         self, bundle: Bundle, engines: EngineSet, device: int = 0, cuda_graph: str = "auto", checksums: bool = True
     ) -> None:
@@ -75,7 +80,7 @@ class TensorRTBackend:
         self._placed: dict[int, int] = {}
         trt = load_library(engines.flavour)
         self._cuda = Cuda(device)
-        self.description = (
+        self._description = (
             f"{FLAVOURS[engines.flavour]} {trt.__version__}, {engines.precision}, {self._cuda.device.name}"
         )
         self._log = LogCollector(trt)
@@ -89,6 +94,10 @@ class TensorRTBackend:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def description(self) -> str:
+        return self._description
 
     # --- contexts and their activations --------------------------------------------------------------------------
 
@@ -116,25 +125,21 @@ class TensorRTBackend:
     # --- generations ---------------------------------------------------------------------------------------------
 
     def generate(self, job: GenerationJob, observer: Observer | None = None) -> Floats:
-        """One batch of latents [B, L, C] in grid order.
-
-        Raises:
-            BackendError: a shape is in no profile, an engine fails, or values are not finite.
-        """
-        return self._program(job.plan, len(job.orders)).run(job, observer)
+        program = self._program(job.plan, len(job.orders))
+        if self.hook is None:
+            return program.run(job, observer)
+        latents, seconds = program.run_timed(job)
+        for kind, spent in seconds.items():
+            self.hook(GraphCall(kind, {}, (), spent))
+        return latents
 
     def warm_up(self, plan: SamplingPlan, batch: int) -> None:
         """Makes the contexts of every shape, runs each once and captures; the next generation only replays."""
-        self._program(plan, batch).warm_up(self._any_job(plan, batch))
-
-    def part_seconds(self, plan: SamplingPlan, batch: int) -> dict[str, float]:
-        """GPU seconds of ``backbone`` and ``head`` in one generation without CUDA graphs."""
-        return self._program(plan, batch).part_seconds(self._any_job(plan, batch))
-
-    def _any_job(self, plan: SamplingPlan, batch: int) -> GenerationJob:
         seeds = list(range(batch))
+        conditioner = self._bundle.conditioner
         noise = SeededNoise(seeds, self._architecture.token_channels)
-        return generation_job(plan, self._architecture, [0] * batch, seeds, noise)
+        asked = conditioner.arrays(conditioner.samples(batch))
+        self._program(plan, batch).warm_up(generation_job(plan, self._architecture, asked, seeds, noise))
 
     def _program(self, plan: SamplingPlan, batch: int) -> DeviceProgram:
         key = (replace(plan.settings, name=""), batch)
@@ -148,9 +153,7 @@ class TensorRTBackend:
         return program
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
-        """Latents [B, L, C] to RGB [B, H, W, 3]."""
-        (image,) = self.run("decoder", {"latents": latents})
-        return image
+        return self.run("decoder", {"latents": latents})[0]
 
     def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """One graph call with plain arrays, uploaded and downloaded; for decoding and for verification.
@@ -158,6 +161,13 @@ class TensorRTBackend:
         Raises:
             BackendError: a shape is in no profile, or the engine fails.
         """
+        start = time.perf_counter()
+        outputs = self._run(kind, inputs)
+        if self.hook is not None:
+            self.hook(GraphCall(kind, inputs, outputs, time.perf_counter() - start))
+        return outputs
+
+    def _run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         if kind not in self._engines:
             raise BackendError(f"this bundle has no {kind} engine")
         spec = self._engines[kind].spec

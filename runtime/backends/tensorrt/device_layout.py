@@ -1,8 +1,8 @@
 """Where every array of a generation lies on the device, fixed by the plan and the batch size before anything runs.
 
 Three areas, each one allocation. *Tables* depend on the plan alone and are uploaded once. *Inputs* are what the host
-gives for each generation (positions, labels, noise) and go up in one copy. *Work* is never seen by the host, but for
-the finished latents. Knows NumPy and no CUDA.
+gives for each generation (positions, conditioning, noise) and go up in one copy. *Work* is never seen by the host, but
+for the finished latents. Knows NumPy and no CUDA.
 
 Engines want every tensor at an address that is a multiple of ``ALIGNMENT``, also the slice of one reverse step. So the
 per-step tables have a padded stride, ``Block.stride``; only the tables that pass through the row graphs are dense.
@@ -10,7 +10,7 @@ per-step tables have a padded stride, ``Block.stride``; only the tables that pas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.architecture import Architecture
-from ...sampling.diffusion import COEFFICIENTS, ReverseProcess, reverse_process
-from ...sampling.noise import NoiseSource
+from ...models.families import family_of
+from ...models.graphs import COEFFICIENTS
+from ...sampling.chains import ChainShape, Floats, Integers, chain_shape, chain_tables
+from ...sampling.diffusion import ReverseProcess
+from ...sampling.job import GenerationJob
 from ...sampling.plan import ARStep, SamplingPlan
 from ...sampling.selection import SCORED_RULES, select
-from ...sampling.shapes import ChainShape, chain_shape
-from ..protocol import Floats, Integers
 
 ALIGNMENT = 256
 """Bytes; what TensorRT's setTensorAddress asks for."""
@@ -113,7 +114,7 @@ class DeviceLayout:
     plan: SamplingPlan
     architecture: Architecture
     batch: int
-    labels: Block
+    conditioning: Mapping[str, Block]
     steps: tuple[StepLayout, ...]
     work: Mapping[str, Block]
     inputs_size: int
@@ -127,18 +128,14 @@ class DeviceLayout:
             step, split = layout.step, layout.split
             views = {name: block.view(area) for name, block in layout.tables.items()}
             views["guidance"][...] = step.guidance
-            counts = (step.diffusion_steps, step.refined_diffusion_steps)
+            chains = chain_tables(step, settings)
             if not split.longer:
-                process = reverse_process(split.common, settings.max_timestep, settings.temperature)
-                _broadcast(views, "timestep", "coefficients", process, slice(None))
+                _broadcast(views, "timestep", "coefficients", chains.short)
                 continue
-            longer = reverse_process(max(counts), settings.max_timestep, settings.temperature)
-            shorter = reverse_process(min(counts), settings.max_timestep, settings.temperature)
-            _broadcast(views, "timestep_alone", "coefficients_alone", longer, slice(split.alone))
-            views["timestep_long"][...] = longer.timesteps[split.alone :]
-            views["timestep_short"][...] = shorter.timesteps
-            views["coefficients_long"][...] = longer.coefficients[split.alone :]
-            views["coefficients_short"][...] = shorter.coefficients
+            _broadcast(views, "timestep_alone", "coefficients_alone", chains.alone)
+            for side, process in (("long", chains.long), ("short", chains.short)):
+                views[f"timestep_{side}"][...] = process.timesteps
+                views[f"coefficients_{side}"][...] = process.coefficients
             rows = self.batch * step.predicted
             views["row_index"][...] = np.arange(rows)
             views["slot_index"][...] = np.arange(self.batch * split.longer)
@@ -147,34 +144,24 @@ class DeviceLayout:
                 views["ranks"][...] = np.arange(first, first + split.longer)
                 views["direction"][...] = -1.0 if settings.fts == "lowest" else 1.0
 
-    def fill_inputs(
-        self,
-        area: NDArray[np.uint8],
-        orders: Integers,
-        labels: Integers,
-        seeds: Sequence[int],
-        noise: NoiseSource,
-    ) -> None:
+    def fill_inputs(self, area: NDArray[np.uint8], job: GenerationJob) -> None:
         """Writes what one generation needs.
 
         Args:
             area: uint8 [inputs_size].
-            orders: int64 [B, L].
-            labels: int64 [2, B], classes and null labels.
-            seeds: B image seeds, for the ``random`` selection rule.
-            noise: of every token.
+            job: of this plan and batch size.
         """
-        branches = self.labels.shape[0]
-        self.labels.view(area)[...] = labels[:branches]
+        for name, block in self.conditioning.items():
+            block.view(area)[...] = job.conditioning[name][: block.shape[0]]
         for layout in self.steps:
             step, split = layout.step, layout.split
             views = {name: block.view(area) for name, block in layout.inputs.items()}
-            seen = orders[:, : step.known + step.predicted + step.context]
+            seen = job.orders[:, : step.known + step.predicted + step.context]
             parts = np.split(seen, [step.known, step.known + step.predicted], axis=1)
             for name, part in zip(("visible", "predict", "context"), parts, strict=True):
                 views[name][...] = part
             images = np.repeat(np.arange(self.batch), step.predicted)
-            draws = noise.draw(images, parts[1].ravel(), split.alone + split.common)
+            draws = job.noise.draw(images, parts[1].ravel(), split.alone + split.common)
             views["x"][...] = draws[:, 0]
             by_step = draws[:, 1:].transpose(1, 0, 2)
             if split.longer:
@@ -185,7 +172,7 @@ class DeviceLayout:
                 views["noise"][...] = by_step
             if split.longer and not layout.scored:
                 rule, total = self.plan.settings.fts, self.architecture.tokens
-                refined = select(rule, step.refined, parts[1], seeds, total)
+                refined = select(rule, step.refined, parts[1], job.seeds, total)
                 views["rows"][...] = np.flatnonzero(refined == split.refined_longer).reshape(self.batch, -1)
 
     def refined(self, layout: StepLayout, rows: Integers | None) -> NDArray[np.bool_]:
@@ -203,7 +190,10 @@ def device_layout(plan: SamplingPlan, architecture: Architecture, batch: int) ->
     inputs, tables, work = Area(), Area(), Area()
     channels, width, columns = architecture.token_channels, architecture.width, len(COEFFICIENTS)
     branches = max(step.branches for step in plan.steps)
-    labels = inputs.block(np.int64, branches, batch)
+    conditioning = {
+        tensor.name: inputs.block(np.dtype(tensor.dtype).type, *tensor.shape({"G": branches, "B": batch}))
+        for tensor in family_of(architecture).conditioner.inputs
+    }
     steps = tuple(_step_layout(step, plan, batch, channels, inputs, tables) for step in plan.steps)
 
     most_known = max(step.known for step in plan.steps)
@@ -238,7 +228,7 @@ def device_layout(plan: SamplingPlan, architecture: Architecture, batch: int) ->
         blocks["padded_noise"] = work.block(np.float32, max(alone, common), rows, channels, steps=True)
         blocks["padded_timestep"] = work.block(np.int64, common, rows, steps=True)
         blocks["padded_coefficients"] = work.block(np.float32, common, rows, columns, steps=True)
-    return DeviceLayout(plan, architecture, batch, labels, steps, blocks, inputs.size, tables.size, work.size)
+    return DeviceLayout(plan, architecture, batch, conditioning, steps, blocks, inputs.size, tables.size, work.size)
 
 
 def _step_layout(step: ARStep, plan: SamplingPlan, batch: int, channels: int, inputs: Area, tables: Area) -> StepLayout:
@@ -275,12 +265,10 @@ def _step_layout(step: ARStep, plan: SamplingPlan, batch: int, channels: int, in
     return StepLayout(step, split, scored, given, fixed)
 
 
-def _broadcast(
-    views: Mapping[str, NDArray[Any]], timestep: str, coefficients: str, process: ReverseProcess, window: slice
-) -> None:
+def _broadcast(views: Mapping[str, NDArray[Any]], timestep: str, coefficients: str, process: ReverseProcess) -> None:
     """The same reverse steps for every row."""
-    views[timestep][...] = process.timesteps[window, None]
-    views[coefficients][...] = process.coefficients[window, None]
+    views[timestep][...] = process.timesteps[:, None]
+    views[coefficients][...] = process.coefficients[:, None]
 
 
 def ordered_to_grid(latents: Floats, orders: Integers) -> Floats:

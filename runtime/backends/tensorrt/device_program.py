@@ -1,6 +1,6 @@
 """A whole generation on the device: every AR step enqueued on one stream, and captured once it has run.
 
-The loop of sampler.py, with the host taken out: known tokens are a prefix of the latents, which lie in the order in
+The loop of sampling/loop.py, without the host: known tokens are a prefix of the latents, which lie in the order in
 which they are made; the device ranks the tokens and picks their reverse steps (graphs.ROW_GRAPHS). What can be known
 beforehand is: positions, noise, tables (device_layout.py).
 """
@@ -18,9 +18,11 @@ import numpy as np
 from ...errors import BackendError
 from ...machine.cuda import Cuda, CudaError, PinnedBuffer
 from ...models.architecture import Architecture
+from ...sampling.chains import Floats, Integers
+from ...sampling.job import GenerationJob, Observer, StepResult
+from ...sampling.loop import not_finite
 from ...sampling.plan import SamplingPlan
 from ...sampling.shapes import step_shapes
-from ..protocol import Floats, GenerationJob, Integers, Observer, StepResult, not_finite
 from .device_layout import Block, StepLayout, device_layout, ordered_to_grid
 from .engine import EngineCall
 
@@ -30,7 +32,7 @@ class Capture:
     """What a backend captures, shared by its programs.
 
     Attributes:
-        mode: one of ``base.CUDA_GRAPH_MODES``.
+        mode: one of ``protocol.CUDA_GRAPH_MODES``.
         works: False once a capture has failed; then everything runs eagerly, after one warning.
     """
 
@@ -121,9 +123,7 @@ class DeviceProgram:
         Raises:
             BackendError: an engine fails, or gives values that are not finite.
         """
-        self._cuda.synchronize(self._stream)  # a generation that failed may still be reading the buffer
-        self.layout.fill_inputs(self._upload.array, job.orders, job.labels, job.seeds, job.noise)
-        self._cuda.upload(self._inputs, self._upload.address, self.layout.inputs_size, self._stream)
+        self._load(job)
         stepwise = observer is not None or self._capture.mode == "step"
         for index in range(len(self.layout.steps)) if stepwise else (None,):
             self._play(index)
@@ -141,20 +141,28 @@ class DeviceProgram:
             if index not in self._graphs:
                 self._captured(index)
 
-    def part_seconds(self, job: GenerationJob) -> dict[str, float]:
-        """GPU seconds of backbone and head in one eager run, from CUDA events; the gaps between calls count too."""
-        self.run(job)
+    def run_timed(self, job: GenerationJob) -> tuple[Floats, dict[str, float]]:
+        """Latents, and GPU seconds by kind of graph in an eager run; the gaps between calls count, too."""
+        self._load(job)
         marks = [("", self._mark())]
         try:
             for layout in self.layout.steps:
                 _StepWork(self, layout).enqueue(lambda part: marks.append((part, self._mark())))
-            seconds = {"backbone": 0.0, "head": 0.0}
+            ordered = self._downloaded()
+            seconds = {"backbone": 0.0, "diffusion_step": 0.0}
             for (_, before), (part, after) in pairwise(marks):
                 seconds[part] += self._cuda.elapsed(before, after)
-            return seconds
         finally:
             for _, event in marks:
                 self._cuda.destroy_event(event)
+        self._check_finite(ordered)
+        return ordered_to_grid(ordered, job.orders), seconds
+
+    def _load(self, job: GenerationJob) -> None:
+        """Everything that this generation needs from the host, in one upload."""
+        self._cuda.synchronize(self._stream)  # a generation that failed may still be reading the buffer
+        self.layout.fill_inputs(self._upload.array, job)
+        self._cuda.upload(self._inputs, self._upload.address, self.layout.inputs_size, self._stream)
 
     def _mark(self) -> int:
         event = self._cuda.create_event()
@@ -260,8 +268,8 @@ class DeviceProgram:
         for blocks, base in ((layout.inputs, self._inputs), (layout.tables, self._tables)):
             if name in blocks:
                 return blocks[name], base
-        if name == "labels":
-            return self.layout.labels, self._inputs
+        if name in self.layout.conditioning:
+            return self.layout.conditioning[name], self._inputs
         return self.layout.work[name], self._work
 
     def call(self, kind: str, sizes: Mapping[str, int], addresses: Mapping[str, int]) -> None:
@@ -291,7 +299,7 @@ class _StepWork:
         return {name: self.address(name) for name in names} | {k: self.address(v) for k, v in renamed.items()}
 
     def enqueue(self, done: Callable[[str], None] = lambda part: None) -> None:
-        """Queues everything; ``done`` is called after each part, ``backbone`` and ``head``."""
+        """Queues everything; ``done`` is called after each part, by the kind of its graph."""
         step, split = self._layout.step, self._layout.split
         channels = self._program.layout.architecture.token_channels * 4
         row = self._program.layout.architecture.tokens * channels
@@ -301,7 +309,7 @@ class _StepWork:
         self._program.call(
             "backbone",
             {**self._guided, "B": self._batch, "V": step.known, "P": step.predicted, "R": step.context},
-            self._addresses("tokens", "visible", "predict", "context", "labels", "z"),
+            self._addresses("tokens", "visible", "predict", "context", *self._program.layout.conditioning, "z"),
         )
         done("backbone")
         if split.longer:
@@ -310,7 +318,7 @@ class _StepWork:
             tables = ("timestep", "coefficients", "noise")
             x = self._chain(self.address("x"), "z", self._rows, split.common, tables)
         self._program.copy_rows(latents + known, row, x, predicted, predicted, self._batch)
-        done("head")
+        done("diffusion_step")
 
     def _chain(self, x: int, z: str, rows: int, steps: int, tables: tuple[str, str, str]) -> int:
         """Reverse steps between two buffers; the address where the last one wrote."""

@@ -1,0 +1,66 @@
+"""The torch side of the table of model families (runtime/models/families.py): state dict and modules of each.
+
+Imports torch; what must not is told a family by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..runtime.models.architecture import Architecture
+from .graphs.backbone import Backbone
+from .graphs.diffusion_head import DiffusionHead, DiffusionStep
+
+
+@dataclass(frozen=True)
+class NetworkModule:
+    """One network with weights.
+
+    Attributes:
+        build: architecture to the module; its state dict is the checkpoint's, without the prefix.
+        prefix: of its keys in the checkpoint; the network without one has all keys that no other claims.
+        graph: the module to the one that is exported.
+    """
+
+    build: Callable[[Any], nn.Module]
+    prefix: str = ""
+    graph: Callable[[Any], nn.Module] = lambda module: module
+
+
+@dataclass(frozen=True)
+class ExportFamily:
+    """What exporting knows of one model family.
+
+    Attributes:
+        networks: graph kind to its module.
+    """
+
+    networks: Mapping[str, NetworkModule]
+
+    def part(self, kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One network's weights, by its module's own names."""
+        prefix = self.networks[kind].prefix
+        if prefix:
+            return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+        others = tuple(row.prefix for row in self.networks.values() if row.prefix)
+        return {key: value for key, value in weights.items() if not key.startswith(others)}
+
+
+MAR = ExportFamily(
+    {
+        "backbone": NetworkModule(Backbone),
+        "diffusion_step": NetworkModule(DiffusionHead, "diffloss.net.", DiffusionStep),
+    },
+)
+
+FAMILIES: dict[str, ExportFamily] = {"mar": MAR}
+"""Family name to its torch side."""
+
+
+def export_family(architecture: Architecture) -> ExportFamily:
+    """The family that a model is of."""
+    return FAMILIES[architecture.family]

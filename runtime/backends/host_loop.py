@@ -1,0 +1,92 @@
+"""The base of backends whose library runs one graph at a time: the sampler's loop runs on the host.
+
+A backend needs ``run_graph`` alone; what its library can do better, such as keeping x in place, it overrides.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models.conditioning import Arrays
+from ..sampling.chains import DiffusionChain, Floats, Integers
+from ..sampling.job import GenerationJob, Observer
+from ..sampling.loop import BackboneOutput, generate_on_host
+from ..sampling.plan import SamplingPlan
+from .protocol import CallHook, GraphCall
+
+Outputs = TypeVar("Outputs", bound=Sequence[Any])
+
+
+class HostLoopBackend(ABC):
+    """See :class:`~.protocol.Backend`."""
+
+    name: str
+    hook: CallHook | None = None
+    whole_generations = False
+
+    @abstractmethod
+    def run_graph(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """See :meth:`~.protocol.Backend.run`; no hook."""
+
+    @property
+    def description(self) -> str:
+        return self.name
+
+    def generate(self, job: GenerationJob, observer: Observer | None = None) -> Floats:
+        return generate_on_host(self, job, observer)
+
+    def warm_up(self, plan: SamplingPlan, batch: int) -> None:  # noqa: B027 - most libraries have nothing to prepare
+        """Nothing to prepare."""
+
+    def close(self) -> None:  # noqa: B027 - nor to give back
+        """Nothing to give back."""
+
+    def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        if self.hook is None:
+            return self.run_graph(kind, inputs)
+        return self.hooked(kind, inputs, lambda: self.run_graph(kind, inputs))
+
+    def hooked(self, kind: str, inputs: Mapping[str, NDArray[Any]], call: Callable[[], Outputs]) -> Outputs:
+        """A call that the hook gets to see."""
+        if self.hook is None:
+            return call()
+        start = time.perf_counter()
+        outputs = call()
+        self.hook(GraphCall(kind, inputs, outputs, time.perf_counter() - start))
+        return outputs
+
+    def backbone(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays
+    ) -> BackboneOutput:
+        inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, **conditioning}
+        z = self.run("backbone", inputs)[0]
+        branches, batch, predicted, width = z.shape
+        return BackboneOutput((branches, batch, predicted, width), z)
+
+    def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
+        score, norm = self.run("detail_score", {"z": z.value[0]})
+        return score, norm
+
+    def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
+        branches, batch, predicted, width = z.shape
+        sorted_z = z.value.reshape(branches, batch * predicted, width)[:, chain.rows]
+        x = chain.x.copy()
+        for segment in chain.segments:
+            n = segment.rows
+            inputs = {"x": x[:n], "z": np.ascontiguousarray(sorted_z[:, :n]), "guidance": chain.guidance[:n]}
+            for index in range(len(segment.timesteps)):
+                inputs["timestep"] = segment.timesteps[index]
+                inputs["coefficients"] = segment.coefficients[index]
+                inputs["noise"] = segment.noise[index]
+                inputs["x"] = self.run("diffusion_step", inputs)[0]
+            x[:n] = inputs["x"]
+        return x
+
+    def decode(self, latents: Floats) -> NDArray[np.uint8]:
+        return self.run("decoder", {"latents": latents})[0]

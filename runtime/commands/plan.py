@@ -1,0 +1,93 @@
+"""gtr-run plan: what every AR step of a plan does and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..models.architecture import Architecture
+from ..models.families import family_of, known_models
+from ..sampling.plan import preset, resolve
+from .console import print_json, print_table
+from .plan_options import chosen_plan, plan_options
+
+
+@click.command("plan")
+@click.argument("bundle")
+@plan_options()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: bool) -> None:
+    """Print a plan as a table: what every AR step does and costs. BUNDLE may also be a model name such as mar-h."""
+    architecture, defaults = _model_of(bundle)
+    resolved = chosen_plan(plan, overrides, architecture, defaults)
+    original = next(iter(family_of(architecture).presets))
+    baseline = resolve(preset(original, architecture, {**defaults, "cfg": resolved.settings.cfg}), architecture)
+    ratio = baseline.flops / resolved.flops
+    if as_json:
+        print_json(
+            {
+                "model": architecture.name,
+                "plan": resolved.settings.to_json(),
+                "steps": [
+                    {
+                        "ar_step": step.index + 1,
+                        "stage": step.stage + 1,
+                        "known": step.known,
+                        "predicted": step.predicted,
+                        "context": step.context,
+                        "diffusion_steps": step.diffusion_steps,
+                        "refined": step.refined,
+                        "refined_diffusion_steps": step.refined_diffusion_steps,
+                        "guidance": step.guidance,
+                        "flops": step.flops,
+                        "share": step.flops / resolved.flops,
+                    }
+                    for step in resolved.steps
+                ],
+                "flops": resolved.flops,
+                "head_calls": resolved.head_calls,
+                f"ratio_to_{original}": ratio,
+            }
+        )
+        return
+    rows = [
+        [
+            str(step.index + 1),
+            str(step.stage + 1),
+            str(step.known),
+            str(step.predicted),
+            str(step.context),
+            _diffusion_cell(step.diffusion_steps, step.refined, step.refined_diffusion_steps),
+            f"{step.guidance:.2f}",
+            f"{step.backbone_flops / resolved.flops:.1%}",
+            f"{step.head_flops / resolved.flops:.1%}",
+        ]
+        for step in resolved.steps
+    ]
+    columns = ["AR step", "stage", "known", "predicted", "in context", "diffusion steps", "cfg", "backbone", "head"]
+    print_table(columns, rows, title=f"{architecture.name}, plan {resolved.settings.name}")
+    click.echo(
+        f"{len(resolved.steps)} AR steps, {resolved.head_calls} diffusion head calls, "
+        f"{_flops(resolved.flops)} per image; {original} needs {_flops(baseline.flops)}: {ratio:.2f}x"
+    )
+
+
+def _diffusion_cell(plain: int, refined: int, refined_steps: int) -> str:
+    return f"{plain} ({refined} tokens: {refined_steps})" if refined else str(plain)
+
+
+def _flops(value: int) -> str:
+    return f"{value / 1e12:.2f} TFLOP" if value >= 1e11 else f"{value / 1e9:.2f} GFLOP"
+
+
+def _model_of(bundle: str) -> tuple[Architecture, Mapping[str, Any]]:
+    """A bundle's model and plan defaults, read from its manifest alone; or those of a model name."""
+    from ..bundle.reader import Bundle
+
+    if not Path(bundle).exists() and (known := known_models().get(bundle)):
+        return known.architecture, known.plan_defaults
+    opened = Bundle.load(Path(bundle))
+    return opened.architecture, opened.plan_defaults

@@ -1,0 +1,91 @@
+"""PNG files that remember their settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..errors import GtrError
+from ..files import atomic_path
+from .drawing import Pixels, check_pixels
+
+SETTINGS_KEY = "gtr-deploy"
+"""The PNG text chunk that holds the settings as JSON."""
+
+
+def save_png(path: Path, image: Pixels, settings: Mapping[str, Any]) -> None:
+    """Writes a PNG whose text chunk :data:`SETTINGS_KEY` says how it was made; the old file stays if that fails.
+
+    Args:
+        path: the file to write or replace.
+        image: uint8 [H, W, 3].
+        settings: anything JSON can hold, also NumPy numbers and arrays, and paths.
+
+    Raises:
+        GtrError: the file cannot be written.
+        ValueError: the image is not uint8 [H, W, 3], or a setting is not finite.
+        TypeError: a setting is of a type that JSON has no place for.
+    """
+    check_pixels(image[None])
+    text = json.dumps(dict(settings), default=_plain, allow_nan=False)
+    metadata = PngInfo()
+    metadata.add_text(SETTINGS_KEY, text)
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    write_picture(path, lambda file: picture.save(file, format="PNG", pnginfo=metadata))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that :func:`save_png` wrote.
+
+    Raises:
+        GtrError: the file cannot be read, is not a PNG, or holds no settings; one line.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            text = picture.info.get(SETTINGS_KEY)
+            if text is None:
+                # Other programs move text behind the pixels, where it is seen only once these are read.
+                picture.load()
+                text = picture.info.get(SETTINGS_KEY)
+    except Image.UnidentifiedImageError:
+        raise GtrError(f"{path} is not a PNG file") from None
+    except OSError as error:
+        raise GtrError(f"cannot read {path}: {error.strerror or error}") from None
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise GtrError(f"{path} is a damaged PNG file: {error}") from None
+    if text is None:
+        raise GtrError(f'{path} holds no settings (text chunk "{SETTINGS_KEY}"); was it written by another program?')
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GtrError(f"{path}: the settings in it are not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise GtrError(f"{path}: the settings in it are not a JSON object")
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"settings cannot hold a {type(value).__name__}")
+
+
+def write_picture(path: Path, save: Callable[[Path], None]) -> None:
+    """Writes a file beside ``path`` and renames it.
+
+    Raises:
+        GtrError: the file cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            save(temporary)
+    except OSError as error:
+        raise GtrError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,165 @@
+"""How the reverse steps of one AR step divide between refined and plain tokens, and the tables they run with.
+
+Tokens with the longer chain run alone at first; then all run together, and both chains end together, so that rows with
+50 and with 20 steps cost 50 calls, not 70. The host loop, the device's layout and the engine profiles all read this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .diffusion import ReverseProcess, reverse_process
+from .noise import NoiseSource
+from .plan import ARStep, PlanSettings
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+CACHED_ROWS = 256
+"""Tables of chains up to this many rows are kept: there they would cost as much as a small head's own work. At most
+some 25 MB."""
+
+
+@dataclass(frozen=True)
+class ChainShape:
+    """How the reverse steps of one AR step divide, for one image.
+
+    Attributes:
+        longer: tokens with the longer chain that run alone at first; 0 where all chains are equally long.
+        alone: reverse steps that they take alone.
+        common: reverse steps that all tokens take together.
+        refined_longer: whether the longer chain is that of the refined tokens.
+    """
+
+    longer: int
+    alone: int
+    common: int
+    refined_longer: bool
+
+
+def chain_shape(step: ARStep) -> ChainShape:
+    """The division of one AR step's reverse steps; both chains end together."""
+    plain, refined = step.diffusion_steps, step.refined_diffusion_steps
+    if step.refined == 0:
+        return ChainShape(0, 0, plain, False)
+    if step.refined == step.predicted or plain == refined:
+        return ChainShape(0, 0, refined, False)
+    longer = step.refined if refined > plain else step.predicted - step.refined
+    return ChainShape(longer, abs(refined - plain), min(refined, plain), refined > plain)
+
+
+@dataclass(frozen=True)
+class ChainTables:
+    """The reverse steps of one AR step, per token.
+
+    Attributes:
+        shape: how they divide.
+        alone: those that the longer chain takes alone; none where all chains are equally long.
+        long, short: the common ones, of the longer chain and of the other.
+    """
+
+    shape: ChainShape
+    alone: ReverseProcess
+    long: ReverseProcess
+    short: ReverseProcess
+
+
+def chain_tables(step: ARStep, settings: PlanSettings) -> ChainTables:
+    """Timesteps and coefficients of one AR step."""
+    shape = chain_shape(step)
+    longer = reverse_process(shape.alone + shape.common, settings.max_timestep, settings.temperature)
+    short = reverse_process(shape.common, settings.max_timestep, settings.temperature)
+    return ChainTables(shape, longer.part(0, shape.alone), longer.part(shape.alone), short)
+
+
+@dataclass(frozen=True)
+class ChainSegment:
+    """Consecutive reverse steps over the same rows.
+
+    Attributes:
+        rows: n; the first n rows of the chain take part.
+        timesteps: int64 [S, n].
+        coefficients: float32 [S, n, K], see ``graphs.COEFFICIENTS``.
+        noise: float32 [S, n, C].
+    """
+
+    rows: int
+    timesteps: Integers
+    coefficients: Floats
+    noise: Floats
+
+
+@dataclass(frozen=True)
+class DiffusionChain:
+    """All reverse steps of one AR step, of one batch.
+
+    Attributes:
+        rows: int64 [N], for each row of the chain its row in z seen as [G, B * P, D]; those of the longer chain first.
+        x: float32 [N, C], x_T of each row.
+        guidance: float32 [N].
+        segments: in the order they run; row counts never fall.
+    """
+
+    rows: Integers
+    x: Floats
+    guidance: Floats
+    segments: tuple[ChainSegment, ...]
+
+
+def diffusion_chain(
+    step: ARStep, settings: PlanSettings, predict: Integers, refined: NDArray[np.bool_], noise: NoiseSource
+) -> DiffusionChain:
+    """The reverse steps of one AR step for a batch.
+
+    Args:
+        step: the plan's entry.
+        settings: respacing and temperature.
+        predict: int64 [B, P].
+        refined: bool [B, P].
+        noise: the noise of every token.
+    """
+    tables = chain_tables(step, settings)
+    alone, common = tables.shape.alone, tables.shape.common
+    long = np.zeros(predict.size, dtype=bool)
+    if tables.shape.longer:
+        long = refined.ravel() == tables.shape.refined_longer
+    images, positions = np.repeat(np.arange(len(predict)), predict.shape[1]), predict.ravel()
+    groups = [(np.flatnonzero(members), count) for members, count in ((long, alone + common), (~long, common))]
+    rows = np.concatenate([members for members, _ in groups])
+    draws = [noise.draw(images[members], positions[members], count) for members, count in groups if len(members)]
+    noises = [draws[0][:, 1 : 1 + alone]] if alone else []
+    noises.append(np.concatenate([draw[:, -common:] for draw in draws]))
+    row_tables = _cached_tables if len(rows) <= CACHED_ROWS else _row_tables
+    segments = [
+        ChainSegment(timesteps.shape[1], timesteps, coefficients, np.ascontiguousarray(part.transpose(1, 0, 2)))
+        for (timesteps, coefficients), part in zip(
+            row_tables(alone, common, int(long.sum()), int((~long).sum()), settings.max_timestep, settings.temperature),
+            noises,
+            strict=True,
+        )
+    ]
+    guidance = np.full(len(rows), step.guidance, dtype=np.float32)
+    return DiffusionChain(rows, np.concatenate([draw[:, 0] for draw in draws]), guidance, tuple(segments))
+
+
+def _row_tables(
+    alone: int, common: int, longer: int, others: int, max_timestep: int, temperature: float
+) -> list[tuple[Integers, Floats]]:
+    """Per segment timesteps [S, n] and coefficients [S, n, K]. Not to be written to: small ones are kept."""
+    long, short = (reverse_process(count, max_timestep, temperature) for count in (alone + common, common))
+    segments = [[(long.part(0, alone), longer)]] if alone else []
+    segments.append([(long.part(alone), longer), (short, others)])
+    return [
+        (
+            np.concatenate([np.repeat(part.timesteps[:, None], rows, axis=1) for part, rows in groups], axis=1),
+            np.concatenate([np.repeat(part.coefficients[:, None], rows, axis=1) for part, rows in groups], axis=1),
+        )
+        for groups in segments
+    ]
+
+
+_cached_tables = lru_cache(maxsize=64)(_row_tables)
