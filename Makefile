@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint unit model clean
+.PHONY: demo test lint unit model api clean
 
 demo: $(VENV)/.demo
 	$(BIN)/gtr-export build --model mar-digits --out $(OUT)/mar-digits
@@ -35,6 +35,10 @@ unit: $(VENV)/.test
 # Trains the shipped model anew (about 40 minutes on two cores).
 model: $(VENV)/.test
 	$(BIN)/python examples/digits/train.py --out export/data/mar_digits.safetensors
+
+# The API page, from the docstrings; a test says when it is old.
+api: $(VENV)/.demo
+	$(BIN)/python docs/make_api.py
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info

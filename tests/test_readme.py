@@ -13,7 +13,7 @@ from gtr_deploy.export.cli import main as export_main
 from gtr_deploy.runtime.cli import main as run_main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GROUPS = {"gtr-run": run_main, "gtr-export": export_main}
 
 
@@ -42,10 +42,25 @@ def test_named_commands_and_options_exist(page: str, command: str) -> None:
     assert used <= known, f"{page}: {command}"
 
 
-def test_links_lead_somewhere() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for target in re.findall(r"\b((?:runtime|calibration|export|tests|benchmarks|examples|docs)/[\w/.-]*\w)", text):
+        assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test", "make api", "make model"])
+def test_named_make_targets_exist(command: str) -> None:
+    target = command.removeprefix("make ")
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
 
 
 def test_the_python_example_runs(digits_bundle: Path) -> None:
