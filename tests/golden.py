@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from gtr_deploy.export.reference.networks import build_networks
 from gtr_deploy.export.reference.torch_backend import TorchBackend
-from gtr_deploy.runtime.models.architecture import Architecture
+from gtr_deploy.runtime.models.architecture import Decoder
+from gtr_deploy.runtime.models.mar import MarArchitecture
 from gtr_deploy.runtime.sampling.noise import RecordedNoise
 from gtr_deploy.runtime.sampling.plan import PlanSettings, SamplingPlan, resolve
 
@@ -43,7 +44,7 @@ class GoldenCase:
     name: str
     weight_set: str
     settings: dict[str, Any]
-    architecture: Architecture
+    architecture: MarArchitecture
     plan: SamplingPlan
     labels: list[int]
     orders: NDArray[np.int64]
@@ -91,9 +92,9 @@ def load_case(name: str) -> GoldenCase:
     )
 
 
-def _architecture(name: str, model: dict[str, int]) -> Architecture:
+def _architecture(name: str, model: dict[str, int]) -> MarArchitecture:
     side = model["img_size"] // model["vae_stride"] // model["patch_size"]
-    return Architecture(
+    return MarArchitecture(
         name=name,
         grid=(side, side),
         token_channels=model["vae_embed_dim"],
@@ -104,8 +105,7 @@ def _architecture(name: str, model: dict[str, int]) -> Architecture:
         heads=model["encoder_num_heads"],
         head_depth=model["diffloss_d"],
         head_width=model["diffloss_w"],
-        decoder="patches",
-        label_names="digits",
+        decoder=Decoder(kind="patches", stride=1, patch=4),
     )
 
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from gtr_deploy.export.graphs.backbone import Backbone
 from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
 from gtr_deploy.export.graphs.layers import Linear
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.runtime.models.architecture import Architecture
+from gtr_deploy.runtime.models.families import known_models
 from gtr_deploy.runtime.sampling.diffusion import TRAINING_STEPS, cosine_betas
 
 HEAD_TOKENS = 6144
@@ -128,7 +129,7 @@ def train(out: Path, steps: int, batch_size: int, learning_rate: float, seed: in
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
-    architecture = ARCHITECTURES["mar-digits"]
+    architecture = known_models()["mar-digits"].architecture
     images, labels = load()
     model = TrainableMar(architecture)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -148,7 +149,7 @@ def train(out: Path, steps: int, batch_size: int, learning_rate: float, seed: in
         chosen = torch.randint(0, len(images), (batch_size,), generator=generator)
         tokens = to_tokens(jitter(images[chosen], generator))
         classes = labels[chosen].clone()
-        classes[torch.rand(batch_size, generator=generator) < 0.1] = architecture.null_label
+        classes[torch.rand(batch_size, generator=generator) < 0.1] = architecture.classes
         count = masked_count(architecture.tokens, rng)
         order = torch.rand(batch_size, architecture.tokens, generator=generator).argsort(dim=1)
         masked, known = order[:, :count], order[:, count:]

@@ -20,7 +20,8 @@ def calibrated(digits_bundle: Path) -> Calibrated:
     bundle = Bundle.load(digits_bundle)
     graphs, architecture = bundle.graph_paths(), bundle.architecture
     plan = resolve(preset("gtr-fast", architecture, bundle.plan_defaults), architecture)
-    images = calibration_images(architecture, 10)
+    images = calibration_images(architecture, bundle.conditioner, 10)
     collected = collect(architecture, graphs, plan, images, Reporter(quiet=True), batch_size=10, threads=1)
-    probes = record(architecture, graphs, plan, [3, 7, 5, 2], [0, 1, 2, 3], threads=1)
+    compared = calibration_images(architecture, bundle.conditioner, 4, [3, 7, 5, 2], first_seed=0)
+    probes = record(architecture, graphs, plan, compared, threads=1)
     return Calibrated(architecture, graphs, plan, collected, probes)

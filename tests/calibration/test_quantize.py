@@ -9,7 +9,7 @@ import onnx
 import pytest
 from calibrated import Calibrated
 
-from gtr_deploy.calibration.collect import CollectingBackend
+from gtr_deploy.calibration.collect import Collector
 from gtr_deploy.calibration.layers import Layer, quantisable, read_graph, weight_values
 from gtr_deploy.calibration.probes import image_errors, outputs
 from gtr_deploy.calibration.quantize import FLAVOURS, activation_scale, quantise_graph, quantised_weight
@@ -129,7 +129,9 @@ def test_agrees_with_onnxruntime_quantization(calibrated: Calibrated, tmp_path: 
 
 def _random_statistics(calibrated: Calibrated, scale: float) -> dict[str, Statistics]:
     """Ranges from inputs that no sampler has made."""
-    backend = CollectingBackend({kind: calibrated.graphs[kind] for kind in KINDS}, threads=1)
+    collector = Collector({kind: calibrated.graphs[kind] for kind in KINDS})
+    backend = OnnxRuntimeBackend(collector.graphs, threads=1)
+    backend.hook = collector
     rng = np.random.default_rng(0)
     for kind in KINDS:
         for call in calibrated.probes.inputs[kind]:
@@ -141,8 +143,8 @@ def _random_statistics(calibrated: Calibrated, scale: float) -> dict[str, Statis
             }
             backend.run(kind, noise)
     return {
-        name: backend.watched[kind][tensor]
-        for kind, layers in backend.layers.items()
+        name: collector.watched[kind][tensor]
+        for kind, layers in collector.layers.items()
         for name, tensor in layers.items()
     }
 

@@ -10,12 +10,14 @@ import torch
 import train as train_script
 from click.testing import CliRunner
 from data import GRID, jitter, load, to_tokens
+from jobs import ARCHITECTURES
 
 from gtr_deploy.export.build.checkpoints import load_mar
 from gtr_deploy.export.graphs.decoders import PatchDecoder
 from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
 from gtr_deploy.export.zoo import MODELS
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.runtime.models.architecture import Decoder
+from gtr_deploy.runtime.models.mar import MarArchitecture
 from gtr_deploy.runtime.pipeline import Pipeline
 
 DIGITS = ARCHITECTURES["mar-digits"]
@@ -82,7 +84,19 @@ def test_masking_follows_the_paper() -> None:
 
 
 def test_the_diffusion_loss_falls_when_the_head_learns() -> None:
-    small = Architecture("small", (2, 2), 4, 3, 2, 8, 1, 2, 2, 32, "patches", "digits")
+    small = MarArchitecture(
+        name="small",
+        grid=(2, 2),
+        token_channels=4,
+        classes=3,
+        buffer=2,
+        width=8,
+        depth=1,
+        heads=2,
+        head_depth=2,
+        head_width=32,
+        decoder=Decoder(kind="patches", stride=1, patch=2),
+    )
     torch.manual_seed(0)
     model = train_script.TrainableMar(small)
     loss_function = train_script.DiffusionLoss()

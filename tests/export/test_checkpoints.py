@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import ARCHITECTURES
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,13 +29,14 @@ from gtr_deploy.export.build.checkpoints import (
     random_mar,
     random_vae_decoder,
 )
-from gtr_deploy.export.graphs.decoders import LATENT_SCALE, Kl16Decoder
+from gtr_deploy.export.graphs.decoders import Kl16Decoder
 from gtr_deploy.runtime.errors import GtrError
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.runtime.models.architecture import Architecture, Decoder
+from gtr_deploy.runtime.models.mar import MarArchitecture
 
 DATA = Path(__file__).parents[1] / "data"
 OFFICIAL = DATA / "mar_tiny_checkpoint-last.pth"
-TINY = Architecture(
+TINY = MarArchitecture(
     name="mar-tiny",
     grid=(8, 8),
     token_channels=16,
@@ -45,8 +47,7 @@ TINY = Architecture(
     heads=4,
     head_depth=2,
     head_width=64,
-    decoder="patches",
-    label_names="digits",
+    decoder=Decoder(kind="patches", stride=1, patch=4),
 )
 
 
@@ -304,7 +305,7 @@ class TestVae:
         difference = np.abs(pixels.astype(int) - golden["pixels"])
         assert difference.max() <= 1
         assert (difference > 0).mean() < 1e-3
-        assert LATENT_SCALE == 0.2325
+        assert ARCHITECTURES["mar-b"].decoder.scale == 0.2325
 
     @pytest.mark.parametrize("layout", ["model", "state_dict", "plain", "safetensors"])
     def test_layouts(self, tmp_path: Path, layout: str) -> None:

@@ -11,17 +11,19 @@ import onnxruntime
 import pytest
 import torch
 from golden import CASES, WEIGHT_SETS, GoldenCase, load_case, load_weights, relative_error, torch_backend
-from numpy.typing import NDArray
+from jobs import class_labels, sample
 
 from gtr_deploy.export.graphs.onnx_export import export_graph
 from gtr_deploy.export.reference.networks import build_graph_module
+from gtr_deploy.runtime.backends.host_loop import HostLoopBackend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.backends.protocol import Backend
 from gtr_deploy.runtime.errors import BackendError
+from gtr_deploy.runtime.models.conditioning import Arrays
 from gtr_deploy.runtime.models.families import graph_specs
 from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS, TensorSpec
 from gtr_deploy.runtime.sampling.chains import DiffusionChain, Floats, Integers
-from gtr_deploy.runtime.sampling.loop import sample
+from gtr_deploy.runtime.sampling.job import generation_job
+from gtr_deploy.runtime.sampling.loop import BackboneOutput, generate_on_host
 from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.plan import PlanSettings, resolve
 
@@ -50,33 +52,32 @@ def onnx_backends(graph_files: dict[str, dict[str, Path]]) -> dict[str, OnnxRunt
 
 
 class Recorder:
-    """Passes everything on, keeping the condition vectors and their positions."""
+    """Networks that keep the condition vectors and their positions."""
 
-    def __init__(self, inner: Backend) -> None:
-        self.inner, self.name = inner, inner.name
+    def __init__(self, networks: HostLoopBackend) -> None:
+        self.networks, self.name = networks, networks.name
         self.seen: list[tuple[Integers, Floats]] = []
 
-    def condition(
-        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
-    ) -> Condition:
-        result = self.inner.condition(tokens, visible, predict, context, labels)
+    def backbone(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays
+    ) -> BackboneOutput:
+        result = self.networks.backbone(tokens, visible, predict, context, conditioning)
         self.seen.append((predict, np.asarray(result.value)))
         return result
 
-    def detail(self, condition: Condition) -> tuple[Floats, Floats]:
-        return self.inner.detail(condition)
+    def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
+        return self.networks.detail(z)
 
-    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
-        return self.inner.denoise(condition, chain)
-
-    def decode(self, latents: Floats) -> NDArray[np.uint8]:
-        return self.inner.decode(latents)
+    def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
+        return self.networks.denoise(z, chain)
 
 
-def check_replay(backend: Backend, case: GoldenCase) -> None:
+def check_replay(backend: HostLoopBackend, case: GoldenCase) -> None:
     recorder = Recorder(backend)
     seeds = [0] * len(case.labels)
-    latents = sample(recorder, case.plan, case.architecture, case.labels, seeds, case.noise, case.orders)
+    asked = class_labels(case.labels, case.architecture.classes)
+    job = generation_job(case.plan, case.architecture, asked, seeds, case.noise, case.orders)
+    latents = generate_on_host(recorder, job)
     assert len(recorder.seen) == case.settings["num_iter"]
     for which, index in (("first", 0), ("last", -1)):
         predict, z = recorder.seen[index]
@@ -141,7 +142,7 @@ def test_gtr_with_fts_agrees_between_backends(onnx_backends: dict[str, OnnxRunti
 def test_detail_score_graph(onnx_backends: dict[str, OnnxRuntimeBackend]) -> None:
     width = load_case(WEIGHT_SETS["digits"]).architecture.width
     z = np.random.default_rng(0).normal(size=(2, 3, 7, width)).astype(np.float32)
-    score, norm = onnx_backends["digits"].detail(Condition((2, 3, 7, width), z))
+    score, norm = onnx_backends["digits"].detail(BackboneOutput((2, 3, 7, width), z))
     n = np.arange(1, width // 2 + 1)
     magnitude = np.abs(np.fft.fft(z[0].astype(np.float64))[..., 1 : width // 2 + 1])
     np.testing.assert_allclose(score, (magnitude * (1 + n / (width // 2))).sum(axis=-1), rtol=1e-5)
@@ -211,7 +212,7 @@ def test_diffusion_step_graph_against_the_formulas(onnx_backends: dict[str, Onnx
 def test_missing_graph(graph_files: dict[str, dict[str, Path]]) -> None:
     backend = OnnxRuntimeBackend({"decoder": graph_files["digits"]["decoder"]})
     with pytest.raises(BackendError, match=r"^this bundle has no detail_score graph$"):
-        backend.detail(Condition((1, 1, 1, 96), np.zeros((1, 1, 1, 96), dtype=np.float32)))
+        backend.detail(BackboneOutput((1, 1, 1, 96), np.zeros((1, 1, 1, 96), dtype=np.float32)))
 
 
 def test_wrong_shape_is_one_line(onnx_backends: dict[str, OnnxRuntimeBackend]) -> None:

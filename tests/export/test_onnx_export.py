@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from jobs import ARCHITECTURES
 from torch import Tensor, nn
 
 from gtr_deploy.export.build.checkpoints import random_mar, random_vae_decoder
@@ -20,13 +21,26 @@ from gtr_deploy.export.graphs.onnx_export import check_graph, export_graph
 from gtr_deploy.export.reference.networks import build_graph_module
 from gtr_deploy.export.verify.verify import graph_inputs, relative_error
 from gtr_deploy.runtime.errors import GtrError
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES, Architecture
+from gtr_deploy.runtime.models.architecture import Decoder
 from gtr_deploy.runtime.models.families import graph_specs
 from gtr_deploy.runtime.models.graphs import GraphSpec
+from gtr_deploy.runtime.models.mar import MarArchitecture
 
 DIGITS = ARCHITECTURES["mar-digits"]
 #: Not square, odd, with the VAE: nothing may depend on mar-digits' sizes.
-ODD = Architecture("odd", (3, 5), 16, 7, 5, 24, 2, 3, 2, 40, "kl16", "digits")
+ODD = MarArchitecture(
+    name="odd",
+    grid=(3, 5),
+    token_channels=16,
+    classes=7,
+    buffer=5,
+    width=24,
+    depth=2,
+    heads=3,
+    head_depth=2,
+    head_width=40,
+    decoder=Decoder(kind="kl16", stride=16, scale=0.2325),
+)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from golden import load_case, relative_error, torch_backend
+from jobs import sample
 
 from gtr_deploy.export.reference import torch_backend as module
 from gtr_deploy.export.reference.torch_backend import TorchBackend, open_backend
@@ -20,13 +21,16 @@ from gtr_deploy.runtime.errors import BackendError, GtrError
 from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.sampling.chains import Floats
-from gtr_deploy.runtime.sampling.loop import sample
 
 no_cuda_here = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has CUDA here")
 
 
 def _latents(bundle: Bundle, backend: Backend, labels: list[int], plan: str = "gtr-fast") -> Floats:
-    return Pipeline(bundle.architecture, backend, dict(bundle.plan_defaults)).generate(labels, plan=plan).latents
+    return (
+        Pipeline(bundle.architecture, bundle.conditioner, backend, dict(bundle.plan_defaults))
+        .generate(labels, plan=plan)
+        .latents
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

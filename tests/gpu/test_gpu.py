@@ -12,8 +12,9 @@ import onnxruntime
 import pytest
 import torch
 from golden import CASES, WEIGHT_SETS, load_case, load_weights, relative_error
+from jobs import sample
 
-from gtr_deploy.export.reference.networks import build_networks
+from gtr_deploy.export.reference.networks import DTYPES, build_networks
 from gtr_deploy.export.reference.torch_backend import TorchBackend, open_backend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.protocol import Backend
@@ -22,7 +23,6 @@ from gtr_deploy.runtime.machine.examine import Machine, examine_machine
 from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES
 from gtr_deploy.runtime.pipeline import Generation, Pipeline
 from gtr_deploy.runtime.sampling.chains import Floats
-from gtr_deploy.runtime.sampling.loop import sample
 
 pytestmark = pytest.mark.gpu
 
@@ -63,7 +63,7 @@ def on_cpu(build_digits: Callable[[str], Path]) -> Callable[[str], Floats]:
 
 
 def _generate(bundle: Bundle, backend: Backend, plan: str, which: slice = slice(None)) -> Generation:
-    pipeline = Pipeline(bundle.architecture, backend, dict(bundle.plan_defaults), bundle.max_batch)
+    pipeline = Pipeline(bundle.architecture, bundle.conditioner, backend, dict(bundle.plan_defaults), bundle.max_batch)
     return pipeline.generate(LABELS[which], SEEDS[which], plan)
 
 
@@ -85,7 +85,7 @@ def _check_batches(bundle: Bundle, backend: Backend) -> None:
 class TestTorch:
     @pytest.mark.parametrize("plan", PLANS)
     @pytest.mark.parametrize("graphs", [False, True])
-    @pytest.mark.parametrize("precision", list(IMAGE_TOLERANCES))
+    @pytest.mark.parametrize("precision", list(DTYPES))
     def test_equals_the_cpu(
         self,
         build_digits: Callable[[str], Path],
@@ -122,7 +122,7 @@ class TestTorch:
         assert relative_error(latents, case.latents) <= IMAGE_TOLERANCES["fp32"]
 
     @pytest.mark.parametrize("graphs", [False, True])
-    @pytest.mark.parametrize("precision", list(IMAGE_TOLERANCES))
+    @pytest.mark.parametrize("precision", list(DTYPES))
     def test_one_seed_one_image(self, build_digits: Callable[[str], Path], precision: str, graphs: bool) -> None:
         bundle = Bundle.load(build_digits(precision))
         _check_batches(bundle, open_backend(bundle, device="cuda", cuda_graphs=graphs))

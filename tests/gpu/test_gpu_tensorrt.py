@@ -66,7 +66,7 @@ def opened(engines: Callable[[str], Bundle], flavour: str) -> Iterator[Callable[
     def get(precision: str, cuda_graph: str) -> Pipeline:
         bundle = engines(precision)
         made.append(open_tensorrt(bundle, flavour, cuda_graph=cuda_graph))
-        return Pipeline(bundle.architecture, made[-1], dict(bundle.plan_defaults), bundle.max_batch)
+        return Pipeline(bundle.architecture, bundle.conditioner, made[-1], dict(bundle.plan_defaults), bundle.max_batch)
 
     yield get
     for backend in made:

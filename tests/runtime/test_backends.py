@@ -42,7 +42,9 @@ def bundle(digits_bundle: Path) -> Bundle:
 def _generate(
     bundle: Bundle, backend: OnnxRuntimeBackend, plan: str = "gtr-fast", labels: tuple = (3, 1)
 ) -> Generation:
-    return Pipeline(bundle.architecture, backend, dict(bundle.plan_defaults)).generate(list(labels), plan=plan)
+    return Pipeline(bundle.architecture, bundle.conditioner, backend, dict(bundle.plan_defaults)).generate(
+        list(labels), plan=plan
+    )
 
 
 class TestBound:
@@ -66,10 +68,14 @@ class TestBound:
         np.testing.assert_allclose(_generate(bundle, backend).latents, plain.latents, rtol=0, atol=1e-6)
 
     def test_without_guidance(self, bundle: Bundle) -> None:
-        plan = replace(Pipeline(bundle.architecture, OnnxRuntimeBackend({})).plan("gtr-fast").settings, cfg=1.0)
+        plan = replace(
+            Pipeline(bundle.architecture, bundle.conditioner, OnnxRuntimeBackend({})).plan("gtr-fast").settings, cfg=1.0
+        )
         paths = bundle.graph_paths()
         results = [
-            Pipeline(bundle.architecture, OnnxRuntimeBackend(paths, 1, bound=bound)).generate([5], plan=plan)
+            Pipeline(bundle.architecture, bundle.conditioner, OnnxRuntimeBackend(paths, 1, bound=bound)).generate(
+                [5], plan=plan
+            )
             for bound in (False, True)
         ]
         np.testing.assert_allclose(results[1].latents, results[0].latents, rtol=0, atol=1e-6)
@@ -81,10 +87,10 @@ class TestBound:
             order[None, :5],
             order[None, 5:12],
             order[None, 12:],
-            np.array([[3], [10]]),
+            {"labels": np.array([[3], [10]])},
         )
         plain, bound = (OnnxRuntimeBackend(bundle.graph_paths(), 1, bound=bound) for bound in (False, True))
-        here, there = plain.condition(*arguments), bound.condition(*arguments)
+        here, there = plain.backbone(*arguments), bound.backbone(*arguments)
         assert here.shape == there.shape == (2, 1, 7, bundle.architecture.width)
         np.testing.assert_allclose(there.value.numpy(), here.value, rtol=0, atol=1e-6)
         for one, other in zip(plain.detail(here), bound.detail(there), strict=True):
@@ -104,10 +110,10 @@ class TestBound:
         backend = OnnxRuntimeBackend({"decoder": bundle.graph_paths()["decoder"]}, bound=True)
         integers = np.zeros((1, 1), np.int64)
         with pytest.raises(BackendError, match=r"^this bundle has no backbone graph$"):
-            backend.condition(np.zeros((1, 0, 16), np.float32), integers, integers, integers, integers)
+            backend.backbone(np.zeros((1, 0, 16), np.float32), integers, integers, integers, {"labels": integers})
         backend = OnnxRuntimeBackend(bundle.graph_paths(), bound=True)
         with pytest.raises(BackendError, match="failed in the backbone graph") as caught:
-            backend.condition(np.zeros((1, 0, 9), np.float32), integers[:, :0], integers, integers, integers)
+            backend.backbone(np.zeros((1, 0, 9), np.float32), integers[:, :0], integers, integers, {"labels": integers})
         assert "\n" not in str(caught.value)
 
     def test_packed_entries_are_aligned_and_whole(self) -> None:

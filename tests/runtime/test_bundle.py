@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import ARCHITECTURES
 
 from gtr_deploy.runtime.bundle.manifest import StoredFile
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BundleError
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS
 
 
@@ -76,8 +76,9 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
             lambda m: m["source"]["checkpoint"].update(sha256="A" * 64),
             "source.checkpoint.sha256: Expected `str` matching",
         ),
-        (lambda m: m["model"].update(width=-1), "width = -1 is not valid"),
-        (lambda m: m["model"].update(label_names="cats"), "label_names 'cats'"),
+        (lambda m: m["model"].update(width=-1), "model: Expected `int` >= 1 - at `$.width`"),
+        (lambda m: m["model"].update(family="gan"), "model: family 'gan' is not one of mar"),
+        (lambda m: m["conditioning"].update(class_names=["cat"]), "1 class names for a model of 10 classes"),
         (lambda m: m["graphs"].pop("decoder"), "graphs are"),
         (_decoder(extra=1), "graphs.decoder: Object contains unknown field `extra`"),
         (

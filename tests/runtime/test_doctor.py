@@ -298,7 +298,7 @@ class TestDiagnosis:
         assert (status, "rounds to fp8 twice" in detail) == ("missing", True)
 
     def test_torch_needs_the_checkpoint(self, bundle: Bundle) -> None:
-        other = replace(bundle, architecture=replace(bundle.architecture, name="mar-b"))
+        other = replace(bundle, architecture=structs.replace(bundle.architecture, name="mar-b"))
         lost = structs.replace(bundle.manifest.source, checkpoint=WeightsFile("/no/such.pth", "0" * 64))
         random = structs.replace(lost, checkpoint=None)
         assert _statuses(EVERYTHING, bundle)["backend torch"][0] == "ok"

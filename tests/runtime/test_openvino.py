@@ -15,6 +15,7 @@ import pytest
 from click.testing import Result
 from fakes.bundles import changed
 from golden import load_case, load_weights, relative_error
+from jobs import sample
 from msgspec import structs
 
 from gtr_deploy.calibration.layers import DEFAULT_KEEP, quantisable, read_graph
@@ -34,7 +35,6 @@ from gtr_deploy.runtime.machine.openvino import import_openvino
 from gtr_deploy.runtime.models.families import graph_specs
 from gtr_deploy.runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS
 from gtr_deploy.runtime.pipeline import Pipeline
-from gtr_deploy.runtime.sampling.loop import sample
 from gtr_deploy.runtime.sampling.plan import PRESETS
 
 openvino = import_openvino()
@@ -46,7 +46,7 @@ def networks(bundle: Bundle) -> dict[str, Path]:
 
 
 def pipeline(bundle: Bundle, backend: Any) -> Pipeline:
-    return Pipeline(bundle.architecture, backend, dict(bundle.plan_defaults))
+    return Pipeline(bundle.architecture, bundle.conditioner, backend, dict(bundle.plan_defaults))
 
 
 @pytest.fixture(scope="module")

@@ -202,7 +202,9 @@ class TestNumbers:
     ) -> None:
         wide = OnnxRuntimeBackend(networks(Bundle.load(digits_bundle)), 1)
         found, wanted = (
-            Pipeline(bundle.architecture, backend, dict(bundle.plan_defaults)).generate([3, 7], plan="gtr-fast")
+            Pipeline(bundle.architecture, bundle.conditioner, backend, dict(bundle.plan_defaults)).generate(
+                [3, 7], plan="gtr-fast"
+            )
             for backend in (OpenVinoBackend(networks(bundle), 1, bfloat16=mode), wide)
         )
         assert 0 < relative_error(found.latents, wanted.latents) <= IMAGE_TOLERANCES["bf16"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import ARCHITECTURES
 
 from gtr_deploy.runtime import BackendError, Pipeline, PlanError, PlanSettings, UsageError
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.sampling.noise import RecordedNoise, SeededNoise
 from gtr_deploy.runtime.sampling.orders import generation_orders
 
@@ -37,7 +37,7 @@ def test_seeds_and_classes_matter(digits_pipeline: Pipeline) -> None:
     assert not np.array_equal(result.images[0], result.images[2])
     assert result.images.shape == (3, 32, 32, 3)
     assert result.images.dtype == np.uint8
-    assert result.labels == (3, 3, 4)
+    assert result.requests == (3, 3, 4)
     assert result.seeds == (1, 2, 1)
 
 

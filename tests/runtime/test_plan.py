@@ -14,12 +14,14 @@ import torch
 from golden import CASES, load_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import ARCHITECTURES, PLAN_DEFAULTS
+from msgspec import structs
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtr_deploy.export.graphs.backbone import Backbone
 from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
 from gtr_deploy.runtime.errors import PlanError
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS, Architecture
+from gtr_deploy.runtime.models.architecture import Architecture
 from gtr_deploy.runtime.models.flops import head_flops
 from gtr_deploy.runtime.models.mar import backbone_flops
 from gtr_deploy.runtime.sampling.plan import PRESETS, PlanSettings, SamplingPlan, preset, resolve
@@ -104,7 +106,7 @@ def test_gtr_on_mar_h() -> None:
 @settings(deadline=None, max_examples=100)
 @given(data=st.data(), grid=st.tuples(st.integers(3, 12), st.integers(3, 12)), stages=st.integers(1, 3))
 def test_every_plan_covers_the_image(data: st.DataObject, grid: tuple[int, int], stages: int) -> None:
-    architecture = replace(ARCHITECTURES["mar-digits"], grid=grid)
+    architecture = structs.replace(ARCHITECTURES["mar-digits"], grid=grid)
     board = [i + j for i in range(grid[0]) for j in range(grid[1])]
     sizes = {
         1: [len(board)],

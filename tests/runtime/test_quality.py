@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from gtr_deploy.runtime.models.class_conditioner import DIGITS, ClassConditioner, imagenet
 from gtr_deploy.runtime.quality.digits import (
     CLASSES,
     METRICS,
@@ -20,12 +21,7 @@ from gtr_deploy.runtime.quality.digits import (
     real_digits,
     resampled,
 )
-from gtr_deploy.runtime.quality.estimates import (
-    balanced_labels,
-    inception_score,
-    normal_interval,
-    wilson_interval,
-)
+from gtr_deploy.runtime.quality.estimates import inception_score, normal_interval, wilson_interval
 from gtr_deploy.runtime.quality.frechet import feature_statistics, frechet_distance, weighted_statistics
 
 
@@ -48,8 +44,8 @@ def _some(real: RealDigits, per_class: int = 20, first: int = 0) -> tuple[np.nda
 
 
 def test_labels_are_balanced() -> None:
-    assert balanced_labels(23, 10).tolist() == [*range(10), *range(10), 0, 1, 2]
-    assert np.bincount(balanced_labels(50_000, 1000)).tolist() == [50] * 1000
+    assert ClassConditioner(DIGITS).samples(23) == [*range(10), *range(10), 0, 1, 2]
+    assert np.bincount(ClassConditioner(imagenet()).samples(50_000)).tolist() == [50] * 1000
 
 
 def test_inception_score_of_known_posteriors() -> None:
@@ -174,11 +170,11 @@ def test_paired_differences_are_tighter_than_two_intervals(real: RealDigits) -> 
 
 
 def test_bootstrap_draws_within_classes() -> None:
-    labels = balanced_labels(35, 10)
+    labels = np.arange(35) % 10
     counts = resampled(labels, 50)
     for label in range(10):
         assert (counts[:, labels == label].sum(axis=1) == (labels == label).sum()).all()
-    assert len(resampled(balanced_labels(15, 10))) == 0  # a class with one image: no interval rather than a false one
+    assert len(resampled(np.arange(15) % 10)) == 0  # a class with one image: no interval rather than a false one
 
 
 def test_few_images(real: RealDigits) -> None:

@@ -14,12 +14,7 @@ from gtr_deploy.runtime.machine import plugins
 from gtr_deploy.runtime.quality import inception as quality_inception
 from gtr_deploy.runtime.quality.estimates import inception_score
 from gtr_deploy.runtime.quality.frechet import feature_statistics, frechet_distance
-from gtr_deploy.runtime.quality.inception import (
-    InceptionMeasure,
-    InceptionTally,
-    open_inception,
-    read_reference,
-)
+from gtr_deploy.runtime.quality.inception import InceptionMeasure, InceptionTally, open_inception, read_reference
 
 
 @pytest.fixture

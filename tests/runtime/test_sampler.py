@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from golden import load_case, relative_error, torch_backend
+from jobs import class_labels, sample
 from numpy.typing import NDArray
 
 from gtr_deploy.export.reference.torch_backend import TorchBackend
+from gtr_deploy.runtime.backends.host_loop import HostLoopBackend
 from gtr_deploy.runtime.errors import BackendError, UsageError
 from gtr_deploy.runtime.models.architecture import Architecture
+from gtr_deploy.runtime.models.conditioning import Arrays
 from gtr_deploy.runtime.sampling.chains import DiffusionChain, Floats, Integers, diffusion_chain
 from gtr_deploy.runtime.sampling.diffusion import kept_timesteps, reverse_process
 from gtr_deploy.runtime.sampling.job import StepResult
-from gtr_deploy.runtime.sampling.loop import sample
+from gtr_deploy.runtime.sampling.loop import BackboneOutput
 from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.plan import ARStep, PlanSettings, resolve
 
@@ -65,7 +70,7 @@ class NumberedNoise:
         return np.repeat(values[:, :, None], 2, axis=2).astype(np.float32)
 
 
-class RecordingBackend:
+class RecordingBackend(HostLoopBackend):
     """The torch reference, keeping what it was asked; optionally spoils the result of one AR step."""
 
     name = "recording"
@@ -76,25 +81,25 @@ class RecordingBackend:
         self.chains: list[DiffusionChain] = []
         self.detail_calls = 0
 
-    def condition(
-        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
-    ) -> Condition:
-        self.conditions.append((tokens.copy(), visible, predict, context, labels))
-        return self.inner.condition(tokens, visible, predict, context, labels)
+    def run_graph(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        return self.inner.run_graph(kind, inputs)
 
-    def detail(self, condition: Condition) -> tuple[Floats, Floats]:
+    def backbone(
+        self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays
+    ) -> BackboneOutput:
+        self.conditions.append((tokens.copy(), visible, predict, context, conditioning["labels"]))
+        return self.inner.backbone(tokens, visible, predict, context, conditioning)
+
+    def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
         self.detail_calls += 1
-        return self.inner.detail(condition)
+        return self.inner.detail(z)
 
-    def denoise(self, condition: Condition, chain: DiffusionChain) -> Floats:
+    def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         self.chains.append(chain)
-        result = self.inner.denoise(condition, chain)
+        result = self.inner.denoise(z, chain)
         if len(self.chains) - 1 == self.bad_step:
             result[-1, -1] = self.bad_value
         return result
-
-    def decode(self, latents: Floats) -> NDArray[np.uint8]:
-        return self.inner.decode(latents)
 
 
 def reconstruction_step(predicted: int, plain: int, refined: int, refined_steps: int, guidance: float = 2.0) -> ARStep:
@@ -197,10 +202,10 @@ def test_fts_refines_the_highest_scores(backend: TorchBackend, architecture: Arc
     conditions: list[NDArray[np.float64]] = []
 
     class Keeping(RecordingBackend):
-        def condition(
-            self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, labels: Integers
-        ) -> Condition:
-            result = super().condition(tokens, visible, predict, context, labels)
+        def backbone(
+            self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays
+        ) -> BackboneOutput:
+            result = super().backbone(tokens, visible, predict, context, conditioning)
             conditions.append(np.asarray(result.value[0], dtype=np.float64))
             return result
 
@@ -367,9 +372,7 @@ def test_a_refined_token_equals_the_same_token_run_alone(backend: TorchBackend, 
     """Running 8-step and 4-step tokens in one chain changes neither."""
     positions = np.arange(64)[None]
     none = positions[:, :0]
-    condition = backend.condition(
-        np.zeros((1, 0, 16), dtype=np.float32), none, positions, none, np.array([[3], [10]], dtype=np.int64)
-    )
+    z = backend.backbone(np.zeros((1, 0, 16), np.float32), none, positions, none, class_labels([3], 10))
     refined = (np.arange(64) % 5 == 0)[None]
     noise = SeededNoise([4], 16)
 
@@ -377,7 +380,7 @@ def test_a_refined_token_equals_the_same_token_run_alone(backend: TorchBackend, 
         step = reconstruction_step(64, 4, int(marks.sum()), 8)
         chain = diffusion_chain(step, SMALL, positions, marks, noise)
         result = np.empty((64, 16), dtype=np.float32)
-        result[chain.rows] = backend.denoise(condition, chain)
+        result[chain.rows] = backend.denoise(z, chain)
         return result
 
     mixed, plain, extra = run(refined), run(np.zeros_like(refined)), run(np.ones_like(refined))

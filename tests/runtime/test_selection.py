@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import ARCHITECTURES
+from msgspec import structs
 from numpy.typing import NDArray
 
 from gtr_deploy.export.graphs.detail_score import DetailScore
 from gtr_deploy.runtime.errors import PlanError
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.sampling.selection import FTS_RULES, detail_basis, refined_count, select
 
 POSITIONS = np.array([[9, 4, 7, 1, 12]])
@@ -41,7 +40,7 @@ def test_basis_gives_the_papers_score(width: int) -> None:
 
 @pytest.mark.parametrize("width", [7, 64, 96, 1280])
 def test_detail_score_module(width: int) -> None:
-    module = DetailScore(replace(ARCHITECTURES["mar-digits"], width=width))
+    module = DetailScore(structs.replace(ARCHITECTURES["mar-digits"], width=width, heads=1))
     z = np.random.default_rng(1).normal(size=(2, 5, width)).astype(np.float32)
     z[:, :, 0] += 50.0  # an impulse: the same magnitude in every frequency
     score, norm = module(torch.from_numpy(z))
@@ -51,7 +50,7 @@ def test_detail_score_module(width: int) -> None:
 
 def test_a_pure_tone_scores_by_its_frequency_and_a_constant_scores_nothing() -> None:
     width, channel = 64, np.arange(64)
-    module = DetailScore(replace(ARCHITECTURES["mar-digits"], width=width))
+    module = DetailScore(structs.replace(ARCHITECTURES["mar-digits"], width=width, heads=1))
     tones = np.stack([np.cos(2 * np.pi * n * channel / width) for n in (0, 1, 16, 31, 32)])
     score, norm = module(torch.from_numpy(tones[None].astype(np.float32)))
     # A cosine has magnitude D/2 at its frequency, D at the highest one; the weight runs from 1 to 2; n = 0 is left out.

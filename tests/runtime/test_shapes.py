@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import ARCHITECTURES, PLAN_DEFAULTS, class_labels
 
 from gtr_deploy.runtime.backends.tensorrt.device_layout import ALIGNMENT, device_layout, ordered_to_grid
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS
 from gtr_deploy.runtime.sampling.chains import chain_shape
+from gtr_deploy.runtime.sampling.job import generation_job
 from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.orders import generation_orders
 from gtr_deploy.runtime.sampling.plan import PRESETS, SamplingPlan, preset, resolve
@@ -85,7 +86,7 @@ def test_blocks_are_aligned_and_apart(name: str, batch: int, rule: str, extra: i
     plan = plan_of("mar-digits", name, fts=rule, fts_diffusion=extra)
     layout = device_layout(plan, ARCHITECTURES["mar-digits"], batch)
     areas = {
-        "inputs": [layout.labels, *(b for s in layout.steps for b in s.inputs.values())],
+        "inputs": [*layout.conditioning.values(), *(b for s in layout.steps for b in s.inputs.values())],
         "tables": [b for s in layout.steps for b in s.tables.values()],
         "work": list(layout.work.values()),
     }
@@ -108,9 +109,9 @@ def test_what_the_host_fills_in_is_what_the_sampler_draws() -> None:
     layout = device_layout(plan, architecture, 2)
     area = np.zeros(layout.inputs_size, dtype=np.uint8)
     noise = SeededNoise(seeds, architecture.token_channels)
-    labels = np.array([[3, 7], [10, 10]])
-    layout.fill_inputs(area, orders, labels, seeds, noise)
-    assert np.array_equal(layout.labels.view(area), labels)
+    labels = class_labels([3, 7], 10)
+    layout.fill_inputs(area, generation_job(plan, architecture, labels, seeds, noise, orders))
+    assert np.array_equal(layout.conditioning["labels"].view(area), labels["labels"])
     for step in layout.steps:
         known, made = step.step.known, step.step.predicted
         predict = step.inputs["predict"].view(area)

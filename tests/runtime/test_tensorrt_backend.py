@@ -50,7 +50,7 @@ def opened(machine: FakeMachine, own_bundle: Path) -> Iterator[Callable[..., Ten
 
 
 def pipeline_of(backend: TensorRTBackend, like: Pipeline) -> Pipeline:
-    return Pipeline(like.architecture, backend, like.plan_defaults, like.max_batch)
+    return Pipeline(like.architecture, like.conditioner, backend, like.plan_defaults, like.max_batch)
 
 
 def plan_of(like: Pipeline, name: str = "gtr", **changes) -> SamplingPlan:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import ARCHITECTURES
 from PIL import Image
 
 from gtr_deploy.runtime.errors import GtrError
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.pictures import trace as module
 from gtr_deploy.runtime.pictures.trace import REFINED_COLOUR, STAGE_COLOURS, UNKNOWN_GREYS, TraceRecorder
 from gtr_deploy.runtime.sampling.job import StepResult

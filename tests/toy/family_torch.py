@@ -22,7 +22,7 @@ class UnconditionalBackbone(Backbone):
         del self.class_emb
 
     def forward(self, tokens: Tensor, visible: Tensor, predict: Tensor, context: Tensor) -> Tensor:
-        """Condition vectors [1, B, P, D]; arguments as MAR's."""
+        """BackboneOutput vectors [1, B, P, D]; arguments as MAR's."""
         batch, width = predict.shape[0], self.fake_latent.shape[1]
         embedding = torch.zeros_like(predict[:, :1]).float() + self.fake_latent
         return self.vectors(tokens, visible, predict, context, embedding.reshape(1, batch, width))

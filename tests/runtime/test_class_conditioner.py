@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtr_deploy.runtime.errors import UsageError
-from gtr_deploy.runtime.models.class_conditioner import class_name, class_names, parse_classes
+from gtr_deploy.runtime.models.class_conditioner import DIGITS as DIGIT_LINES
+from gtr_deploy.runtime.models.class_conditioner import ClassConditioner, class_name, imagenet, parse_classes
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 #: First names that stand for one class only, by index.
 UNIQUE = {
     label: line.split(", ")[0]
-    for label, line in enumerate(class_names("imagenet"))
-    if sum(line.split(", ")[0].lower() in other.lower().split(", ") for other in class_names("imagenet")) == 1
+    for label, line in enumerate(imagenet())
+    if sum(line.split(", ")[0].lower() in other.lower().split(", ") for other in imagenet()) == 1
 }
 
 
@@ -35,21 +37,16 @@ UNIQUE = {
     ],
 )
 def test_the_standard_order(label: int, name: str) -> None:
-    assert class_name(label, "imagenet") == name
+    assert class_name(label, imagenet()) == name
 
 
 def test_every_class_has_clean_names() -> None:
-    names = class_names("imagenet")
+    names = imagenet()
     assert len(names) == 1000
     assert names[0] == "tench, Tinca tinca"
     assert names[999] == "toilet tissue, toilet paper, bathroom tissue"
     assert all(part and part == part.strip() and part.isascii() for line in names for part in line.split(", "))
-    assert class_names("digits") == [f"{digit}, {name}" for digit, name in enumerate(DIGITS)]
-
-
-def test_the_list_is_the_callers_own() -> None:
-    class_names("imagenet").clear()
-    assert len(class_names("imagenet")) == 1000
+    assert tuple(f"{digit}, {name}" for digit, name in enumerate(DIGITS)) == DIGIT_LINES
 
 
 @pytest.mark.parametrize(
@@ -69,13 +66,13 @@ def test_the_list_is_the_callers_own() -> None:
     ],
 )
 def test_classes(text: str, labels: list[int]) -> None:
-    assert parse_classes(text, "imagenet", 1000) == labels
+    assert parse_classes(text, imagenet()) == labels
 
 
 @pytest.mark.parametrize("digit", range(10))
 def test_digits_go_by_figure_and_word(digit: int) -> None:
-    assert parse_classes(f"{digit}, {DIGITS[digit]}, {DIGITS[digit].upper()}", "digits", 10) == [digit] * 3
-    assert class_name(digit, "digits") == str(digit)
+    assert parse_classes(f"{digit}, {DIGITS[digit]}, {DIGITS[digit].upper()}", DIGIT_LINES) == [digit] * 3
+    assert class_name(digit, DIGIT_LINES) == str(digit)
 
 
 ITEMS = st.one_of(
@@ -95,26 +92,25 @@ ITEMS = st.one_of(
 def test_whatever_is_written_out_is_read_back(items: list[Any], separator: str) -> None:
     text = separator.join(spell(written) for (written, _), spell in items)
     expected = [label for (_, labels), _ in items for label in labels]
-    assert parse_classes(text, "imagenet", 1000) == expected
+    assert parse_classes(text, imagenet()) == expected
 
 
 def test_nearly_all_first_names_work() -> None:
     assert len(UNIQUE) > 980
     for label, name in UNIQUE.items():
-        assert parse_classes(name, "imagenet", 1000) == [label]
+        assert parse_classes(name, imagenet()) == [label]
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.text(max_size=60), st.sampled_from([("imagenet", 1000), ("digits", 10), ("imagenet", 3)]))
-def test_any_text_gives_labels_or_one_line(text: str, model: tuple[str, int]) -> None:
-    label_names, classes = model
+@given(st.text(max_size=60), st.sampled_from([imagenet(), DIGIT_LINES, imagenet()[:3]]))
+def test_any_text_gives_labels_or_one_line(text: str, names: tuple[str, ...]) -> None:
     labels: list[int] = []
     message = ""
     try:
-        labels = parse_classes(text, label_names, classes)
+        labels = parse_classes(text, names)
     except UsageError as error:
         message = str(error)
-    assert all(0 <= label < classes for label in labels)
+    assert all(0 <= label < len(names) for label in labels)
     assert bool(labels) != bool(message)
     assert len(message) < 400
     assert message == "" or message.isprintable()
@@ -134,7 +130,7 @@ def test_any_text_gives_labels_or_one_line(text: str, model: tuple[str, int]) ->
         ("", 'no class given; give indices, ranges or names, for example "207, 0-9"'),
         (" \n", 'no class given; give indices, ranges or names, for example "207, 0-9"'),
         ("zzzqq", 'no class is called "zzzqq"; give an index in 0..999 or a name such as "tench"'),
-        ("crane", '"crane" is the name of several classes: 134 (crane, the bird) or 517 (crane, the machine); '
+        ("crane", '"crane" is the name of several classes: 134 (crane, crane bird) or 517 (crane, crane machine); '
          "give the index"),
         ("MAILLOT", '"MAILLOT" is the name of several classes: 638 (maillot) or 639 (maillot, tank suit); '
          "give the index"),
@@ -144,13 +140,13 @@ def test_any_text_gives_labels_or_one_line(text: str, model: tuple[str, int]) ->
 )  # fmt: skip
 def test_one_line_says_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
-        parse_classes(text, "imagenet", 1000)
+        parse_classes(text, imagenet())
     assert str(error.value) == message
 
 
 def test_thousands_of_digits_are_cut() -> None:
     with pytest.raises(UsageError, match=r"^class 9{80}… is not in 0\.\.9$"):
-        parse_classes("9" * 5000, "digits", 10)
+        parse_classes("9" * 5000, DIGIT_LINES)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +160,7 @@ def test_thousands_of_digits_are_cut() -> None:
 )
 def test_unknown_names_get_suggestions(text: str, suggestion: str) -> None:
     with pytest.raises(UsageError) as error:
-        parse_classes(text, "imagenet", 1000)
+        parse_classes(text, imagenet())
     assert str(error.value).startswith(f'no class is called "{text}"; did you mean ')
     assert suggestion in str(error.value)
     assert str(error.value).count("(") <= 3
@@ -172,26 +168,59 @@ def test_unknown_names_get_suggestions(text: str, suggestion: str) -> None:
 
 def test_a_single_suggestion() -> None:
     with pytest.raises(UsageError, match=r'^no class is called "sevenn"; did you mean "seven" \(7\)\?$'):
-        parse_classes("sevenn", "digits", 10)
-
-
-def test_models_with_fewer_classes_than_names() -> None:
-    with pytest.raises(UsageError, match=r'^class 207 \("golden retriever"\) is not in 0\.\.9$'):
-        parse_classes("golden retriever", "imagenet", 10)
-    with pytest.raises(UsageError) as error:
-        parse_classes("golden retreiver", "imagenet", 10)
-    assert "207" not in str(error.value)
+        parse_classes("sevenn", DIGIT_LINES)
 
 
 @pytest.mark.parametrize("label", [-1, 10, 10**9])
 def test_a_label_without_name(label: int) -> None:
     with pytest.raises(UsageError, match=rf"^class {label} is not in 0\.\.9$"):
-        class_name(label, "digits")
+        class_name(label, DIGIT_LINES)
 
 
-@pytest.mark.parametrize(
-    "call", [class_names, lambda kind: class_name(0, kind), lambda kind: parse_classes("a", kind, 9)]
-)
-def test_unknown_label_names(call) -> None:
-    with pytest.raises(UsageError, match="label names 'letters' are not one of imagenet, digits"):
-        call("letters")
+# The conditioner.
+
+DIGITS_ASKED = ClassConditioner(DIGIT_LINES)
+
+
+def test_arrays_lead_with_the_branches() -> None:
+    (labels,) = DIGITS_ASKED.arrays([3, 7]).values()
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [[3, 7], [10, 10]]
+    assert [tensor.name for tensor in ClassConditioner.inputs] == list(DIGITS_ASKED.arrays([0]))
+
+
+def test_samples_go_round_or_over_the_whole_range() -> None:
+    assert DIGITS_ASKED.samples(12) == [*range(10), 0, 1]
+    assert DIGITS_ASKED.samples(5, spread=True) == [0, 2, 4, 6, 8]
+    assert ClassConditioner(("only",)).samples(3, spread=True) == [0, 0, 0]
+
+
+def test_examples_have_the_sizes_that_were_asked_for() -> None:
+    (labels,) = DIGITS_ASKED.example(np.random.default_rng(0), {"G": 2, "B": 50}).values()
+    assert labels.shape == (2, 50)
+    assert set(labels.ravel().tolist()) == set(range(11))
+
+
+def test_what_is_stored_comes_back() -> None:
+    assert DIGITS_ASKED.restored(DIGITS_ASKED.stored([3, 3, 9]), 3) == [3, 3, 9]
+    for arrays, reason in (
+        ({}, "no labels"),
+        ({"labels": np.array([1.0, 2.0])}, "float64"),
+        ({"labels": np.array([1, 2, 3])}, r"\[3\]"),
+        ({"labels": np.array([1, 10])}, "class 10 is not in"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            DIGITS_ASKED.restored(arrays, 2)
+
+
+@pytest.mark.parametrize("request_", [-1, 10, 3.0, True, "3", None])
+def test_what_is_no_class_is_refused(request_: object) -> None:
+    with pytest.raises(UsageError, match="class "):
+        DIGITS_ASKED.checked(request_)
+
+
+def test_a_file_name_has_nothing_that_a_path_could_be() -> None:
+    hostile = ClassConditioner(("../../etc/passwd, x", "a\x1b[31mred"))
+    assert hostile.stem(0) == "______etc_passwd-class0"
+    assert hostile.stem(1) == "a__31mred-class1"
+    assert hostile.record(0) == {"class": 0, "class_name": "../../etc/passwd"}
