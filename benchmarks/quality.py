@@ -1,15 +1,12 @@
 """What each setting of a plan costs in quality, on mar-digits: one factor at a time around the preset ``gtr``.
 
     gtr-export build --model mar-digits --out bundles/mar-digits
-    python benchmarks/quality.py bundles/mar-digits          # about an hour on one core; goes on where it stopped
-    python benchmarks/quality.py bundles/mar-digits --plot   # the figures of docs/quality.md, from quality.jsonl
+    python benchmarks/quality.py bundles/mar-digits          # 70 minutes on one core; goes on where it stopped
+    python benchmarks/quality.py bundles/mar-digits --plot   # the figures of docs/quality.md, from the results
 
 Every configuration makes the same images: same seeds, same classes. Seeds go block by block, so that after each block
-all configurations have equally many images. A line of quality.jsonl is one configuration in one block, with its figures
-over all blocks so far and its differences from ``gtr`` on the same images.
-
-AR steps that a configuration shares with an earlier one (same inputs, same noise: settings of the last stage change
-nothing before it) are not run again; their seconds are counted as they were when they ran.
+all configurations have equally many images. A line of results/quality.jsonl is one configuration in one block, with
+its figures over all blocks so far and its differences from ``gtr`` on the same images.
 """
 
 from __future__ import annotations
@@ -25,27 +22,25 @@ from typing import Any
 
 import click
 import numpy as np
+from contenders import stopwatch
 from quality_configurations import CONFIGURATIONS, PAIRS, Configuration
-from quantization import cpu_name
-from remembering import RememberingBackend
+from records import append_record, cpu_details
 
 from gtr_deploy.runtime import Bundle, Pipeline, UsageError
 from gtr_deploy.runtime.commands.plan_options import chosen_plan
-from gtr_deploy.runtime.files import atomic_path, cache_dir
+from gtr_deploy.runtime.files import atomic_path, cache_dir, sha256
 from gtr_deploy.runtime.quality.digits import DigitSample, digit_differences, digit_figures, real_digits
-from gtr_deploy.runtime.quality.estimates import Estimate, balanced_labels
+from gtr_deploy.runtime.quality.estimates import Estimate
 from gtr_deploy.runtime.sampling.plan import SamplingPlan
 
 BASE = "gtr"
-RESULTS = Path(__file__).with_suffix(".jsonl")
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--images", default=100, show_default=True, help="Images of a block, class-balanced.")
-@click.option(
-    "--blocks", default=3, show_default=True, help="Blocks of seeds: 0 to images-1, images to 2 images-1, ..."
-)
+@click.option("--blocks", default=3, show_default=True, help="Blocks of seeds.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 @click.option("--pictures", type=click.Path(path_type=Path), help="Where made images are kept (the user's cache).")
 @click.option("--threads", default=1, show_default=True)
@@ -55,33 +50,30 @@ def main(
 ) -> None:
     """Measures every configuration in every block; what --results holds already is skipped."""
     if plot:
-        from quality_figures import draw
+        from quality_figures import draw_charts, draw_pictures, tables
 
-        draw(folder, read_lines(results))
+        draw_charts(read_lines(results))
+        draw_pictures(folder, read_lines(results))
+        print(tables(read_lines(results)))
         return
     bundle = Bundle.load(folder)
-    digest = bundle_digest(bundle)
+    sums = [sha256(path) for _, path in sorted(bundle.graph_paths().items())]
+    digest = hashlib.sha256("".join(sums).encode()).hexdigest()
+    cpu, flags = cpu_details()
     environment = {
-        "model": bundle.architecture.name,
-        "precision": bundle.precision,
-        "bundle": digest,
-        "images": images,
-        "threads": threads,
-        "cpu": cpu_name(),
-        "python": platform.python_version(),
+        "model": bundle.architecture.name, "precision": bundle.precision, "bundle": digest, "images": images,
+        "threads": threads, "cpu": cpu, "instructions": flags, "python": platform.python_version(),
         **{name: version(name) for name in ("gtr-deploy", "numpy", "onnxruntime")},
-    }
+    }  # fmt: skip
     lines = read_lines(results)
     known = [line["environment"] for line in lines if "environment" in line]
     if any(other["bundle"] != digest or other["images"] != images for other in known):
         raise UsageError(f"{results} was measured with another bundle or --images; name another file with --results")
     if environment not in known:
-        append(results, {"environment": environment})
+        append_record(results, {"environment": environment})
     pictures = pictures or cache_dir() / "quality" / f"{digest[:12]}-{images}"
     done = {(line["block"], line["configuration"]) for line in lines if "configuration" in line}
-    pipeline = Pipeline.load(bundle, "onnxruntime", threads, provider="cpu")
-    backend = RememberingBackend(pipeline.backend)  # type: ignore[arg-type]
-    pipeline = Pipeline(bundle.architecture, backend, pipeline.plan_defaults, pipeline.max_batch)
+    pipeline = Pipeline.load(bundle, backend="onnxruntime", threads=threads)
     plans = {
         entry.name: chosen_plan(entry.preset, entry.overrides, bundle.architecture, bundle.plan_defaults)
         for entry in CONFIGURATIONS
@@ -93,14 +85,11 @@ def main(
         if (block, entry.name) not in done and not (entry.once and block)
     ]
     left = float(sum(plans[entry.name].flops for _, entry in work))
-    start, spent, current = time.perf_counter(), 0.0, -1
+    start, spent = time.perf_counter(), 0.0
     for number, (block, entry) in enumerate(work, 1):
-        if block != current:
-            backend.forget()
-            current = block
         plan = plans[entry.name]
-        line = measured(pipeline, backend, entry, plan, block, images, pictures)
-        append(results, line)
+        line = measured(pipeline, entry, plan, block, images, pictures)
+        append_record(results, line)
         left, spent = left - plan.flops, spent + plan.flops
         minutes = (time.perf_counter() - start) / spent * left / 60
         figures = line["figures"]
@@ -114,12 +103,12 @@ def main(
     for first, second in PAIRS:
         line = paired(first, second, range(blocks), images, pictures)
         if line is not None and (first, second, line["images"]) not in compared:
-            append(results, line)
+            append_record(results, line)
 
 
 def paired(first: str, second: str, blocks: range, images: int, pictures: Path) -> dict[str, Any] | None:
     """A line of one of PAIRS, from pictures made before; None while some are missing."""
-    labels = balanced_labels(images, 10)
+    labels = np.arange(images) % 10
     samples = [[stored(pictures, block, name, labels) for block in blocks] for name in (first, second)]
     if any(sample is None for both in samples for sample in both):
         return None
@@ -129,26 +118,18 @@ def paired(first: str, second: str, blocks: range, images: int, pictures: Path) 
 
 
 def measured(
-    pipeline: Pipeline,
-    backend: RememberingBackend,
-    entry: Configuration,
-    plan: SamplingPlan,
-    block: int,
-    images: int,
-    pictures: Path,
+    pipeline: Pipeline, entry: Configuration, plan: SamplingPlan, block: int, images: int, pictures: Path
 ) -> dict[str, Any]:
     """One line of the results; leaves the block's images in ``pictures``.
 
     ``cpu_seconds`` and ``wall_seconds`` are per image, one batch of all images of the block, decoding included.
     """
     real = real_digits()
-    labels = balanced_labels(images, pipeline.architecture.classes)
+    labels = np.arange(images) % 10
     seeds = list(range(block * images, (block + 1) * images))
-    backend.reused_cpu = backend.reused_wall = 0.0
-    cpu, wall = time.process_time(), time.perf_counter()
-    made = pipeline.generate(labels.tolist(), seeds, plan, batch_size=images)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    with atomic_path(picture_file(pictures, block, entry.name)) as temporary:
+    with stopwatch() as spent:
+        made = pipeline.generate(labels.tolist(), seeds=seeds, plan=plan, batch_size=images)
+    with atomic_path(pictures / f"{block}-{entry.name}.npz") as temporary:
         np.savez_compressed(temporary, grey=made.images[..., 0])
     sample = real.sample(made.images, labels)
     ours, theirs, pooled = [sample], [stored(pictures, block, BASE, labels)], [block]
@@ -159,20 +140,19 @@ def measured(
             theirs.append(base)
             pooled.append(earlier)
     whole, base = DigitSample.joined(ours), DigitSample.joined([part for part in theirs if part is not None])
-    settings = plan.settings.to_json()
+    wrong = sample.posteriors.argmax(axis=1) != sample.labels
     return {
         "block": block,
         "configuration": entry.name,
         "factor": entry.factor,
-        "settings": settings,
+        "settings": plan.settings.to_json(),
         "ar_steps": len(plan.steps),
         "head_calls": plan.head_calls,
         "flops": plan.flops,
-        "cpu_seconds": round((cpu + backend.reused_cpu) / images, 5),
-        "wall_seconds": round((wall + backend.reused_wall) / images, 5),
-        "reused_share": round(backend.reused_cpu / (cpu + backend.reused_cpu), 3),
+        "cpu_seconds": round(spent[0].cpu / images, 5),
+        "wall_seconds": round(spent[0].wall / images, 5),
         "figures": {name: values[0] for name, values in rounded(digit_figures(sample, real)).items()},
-        "mistaken": mistaken(sample, seeds),
+        "mistaken": [seeds[index] for index in np.flatnonzero(wrong)],
         "pooled_blocks": sorted(pooled),
         "pooled": rounded(digit_figures(whole, real)),
         "difference": {} if entry.name == BASE else rounded(digit_differences(whole, base, real)),
@@ -187,30 +167,13 @@ def rounded(figures: Mapping[str, Estimate]) -> dict[str, list[float]]:
     }
 
 
-def mistaken(sample: DigitSample, seeds: list[int]) -> list[int]:
-    """Seeds of the images that are not taken for what was asked."""
-    wrong = sample.posteriors.argmax(axis=1) != sample.labels
-    return [seeds[index] for index in np.flatnonzero(wrong)]
-
-
-def picture_file(pictures: Path, block: int, name: str) -> Path:
-    """Where one block of one configuration keeps its images."""
-    return pictures / f"{block}-{name.replace('/', '_')}.npz"
-
-
 def stored(pictures: Path, block: int, name: str, labels: np.ndarray) -> DigitSample | None:
     """The sample of images made earlier; None if they are not there."""
-    file = picture_file(pictures, block, name)
+    file = pictures / f"{block}-{name}.npz"
     if not file.is_file():
         return None
     with np.load(file) as content:
         return real_digits().sample(np.repeat(content["grey"][..., None], 3, axis=-1), labels)
-
-
-def bundle_digest(bundle: Bundle) -> str:
-    """SHA-256 over the sums of all graphs."""
-    sums = [files.model.sha256 for _, files in sorted(bundle.graphs.items())]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -222,12 +185,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     return [json.loads(line) for line in whole.splitlines()]
-
-
-def append(path: Path, line: Mapping[str, Any]) -> None:
-    """One more line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

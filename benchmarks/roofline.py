@@ -1,10 +1,9 @@
-"""What this machine can do at best: fp32 matrix products and memory, and the least time that a call can take.
+"""What this machine can do at best: fp32 matrix products and memory, and the least time that a generation can take.
 
-python benchmarks/roofline.py --threads 1
+A call can be no faster than its arithmetic at the matrix rate, nor than reading its weights once at the memory rate.
+Rates are measured in a process of their own, because the threads of NumPy's BLAS are fixed when it is loaded:
 
-A call can be no faster than its arithmetic at the matrix rate, nor than reading its weights once at the memory rate:
-floor = max(FLOPs / matrix rate, weight bytes / memory rate). Rates are measured in a process of their own, because the
-threads of NumPy's BLAS are fixed when it is loaded.
+python benchmarks/roofline.py 2        # two threads
 """
 
 from __future__ import annotations
@@ -14,21 +13,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import click
+import numpy as np
 
-from gtr_deploy.runtime import UsageError
-from gtr_deploy.runtime.commands.console import print_json, print_table
+from gtr_deploy.runtime import GtrError
 
 MATRIX_SIZES = (512, 1024, 2048)
 """Sides of square fp32 products."""
 
 MEMORY_BYTES = 256 * 2**20
 """Of one array, well beyond any cache."""
+
+CACHED_BYTES = 64e6
+"""Weights below this need not be read from memory in every call."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
@@ -39,110 +40,71 @@ class Rates:
 
     Attributes:
         matrix: fp32 matrix products, FLOP/s (2 per multiply-add), best over libraries and sizes.
-        memory: bytes/s read and written, best of read, copy and triad.
+        memory: bytes/s read and written, best of reading and copying.
         threads: that measured.
-        details: every single measurement, same units.
     """
 
     matrix: float
     memory: float
     threads: int
-    details: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Rates:
-        """What :meth:`to_json` wrote."""
-        return cls(**value)
-
-    def floor(self, flops: float, weight_bytes: float) -> float:
-        """Least seconds of a call."""
-        return max(flops / self.matrix, weight_bytes / self.memory)
 
     @property
     def text(self) -> str:
-        """Such as ``86 GFLOP/s, 10.2 GB/s on 1 thread``."""
-        return f"{self.matrix / 1e9:.0f} GFLOP/s, {self.memory / 1e9:.1f} GB/s on {thread_count(self.threads)}"
+        """Such as ``86 GFLOP/s, 10.2 GB/s, threads: 1``."""
+        return f"{self.matrix / 1e9:.0f} GFLOP/s, {self.memory / 1e9:.1f} GB/s, threads: {self.threads}"
+
+    def floor(self, work: Sequence[Sequence[float]], backbone_bytes: float, head_bytes: float) -> float | None:
+        """Least seconds of a generation; None where the weights may well stay in a cache.
+
+        Args:
+            work: per AR step FLOPs of the backbone, FLOPs of the head, number of head calls.
+        """
+        if backbone_bytes + head_bytes < CACHED_BYTES:
+            return None
+        total = 0.0
+        for backbone, head, calls in work:
+            total += max(backbone / self.matrix, backbone_bytes / self.memory)
+            total += max(head / self.matrix, calls * head_bytes / self.memory)
+        return total
 
 
-def thread_count(threads: int) -> str:
-    """Such as ``2 threads``."""
-    return f"{threads} thread" + ("s" if threads > 1 else "")
-
-
-def measure_rates(threads: int, seconds: float = 8.0) -> Rates:
-    """Measures in a fresh process.
-
-    Args:
-        threads: of the products and of the memory traffic; at least 1.
-        seconds: about how long.
+def measure_rates(threads: int) -> Rates:
+    """Measures in a fresh process, for about ten seconds.
 
     Raises:
-        UsageError: fewer than one thread, or the measuring process fails.
+        GtrError: that process fails.
     """
-    if threads < 1:
-        raise UsageError(f"{threads} threads: give at least 1")
     environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-    command = [sys.executable, str(Path(__file__).resolve()), "--inside", str(threads), "--seconds", str(seconds)]
+    command = [sys.executable, str(Path(__file__).resolve()), str(threads)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     try:
-        return Rates.from_json(json.loads(done.stdout))
+        return Rates(**json.loads(done.stdout))
     except (ValueError, TypeError):
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UsageError(f"the machine's rates could not be measured: {reason}") from None
+        raise GtrError(f"the machine's rates could not be measured: {reason}") from None
 
 
-def combined(rates: list[Rates]) -> Rates:
-    """The best of several measurements: what else runs on the machine only ever takes away from a rate."""
-    details: dict[str, float] = {}
-    for one in rates:
-        for name, value in one.details.items():
-            details[name] = max(value, details.get(name, 0.0))
-    best = [max(getattr(one, name) for one in rates) for name in ("matrix", "memory")]
-    return Rates(best[0], best[1], rates[0].threads, details)
-
-
-def _measure(threads: int, seconds: float) -> Rates:
-    """In this process, whose BLAS has the right number of threads."""
-    import numpy as np
-
-    matrix: dict[str, Callable[[], tuple[float, Callable[[], Any]]]] = {}
-    memory: dict[str, Callable[[], tuple[float, Callable[[], Any]]]] = {}
+def measure_here(threads: int, seconds: float = 1.0) -> Rates:
+    """In this process, whose BLAS has the right number of threads; each measurement takes ``seconds``."""
     rng = np.random.default_rng(0)
-    count = MEMORY_BYTES // 4
-
-    def numpy_product(size: int) -> tuple[float, Callable[[], Any]]:
-        left, right = (rng.standard_normal((size, size), dtype=np.float32) for _ in range(2))
-        out = np.empty_like(left)
-        return 2.0 * size**3, lambda: np.matmul(left, right, out=out)
-
+    matrix: list[float] = []
     for size in MATRIX_SIZES:
-        matrix[f"numpy {size}"] = lambda size=size: numpy_product(size)
+        left, right = (rng.standard_normal((size, size), dtype=np.float32) for _ in range(2))
+        matrix.append(_best_rate(2.0 * size**3, lambda left=left, right=right: left @ right, seconds))
+    source, target = np.ones(MEMORY_BYTES // 4, np.float32), np.zeros(MEMORY_BYTES // 4, np.float32)
+    memory = [_best_rate(2 * MEMORY_BYTES, lambda: np.copyto(target, source), seconds)]
     try:
         import torch
     except ImportError:
-        source, target = np.ones(count, np.float32), np.zeros(count, np.float32)
-        memory["numpy read"] = lambda: (MEMORY_BYTES, source.sum)
-        memory["numpy copy"] = lambda: (2 * MEMORY_BYTES, lambda: np.copyto(target, source))
-    else:
-        torch.set_num_threads(threads)
-
-        def torch_product(size: int) -> tuple[float, Callable[[], Any]]:
-            left, right, out = (torch.randn(size, size) for _ in range(3))
-            return 2.0 * size**3, lambda: torch.mm(left, right, out=out)
-
-        for size in MATRIX_SIZES:
-            matrix[f"torch {size}"] = lambda size=size: torch_product(size)
-        a, b, c = (torch.ones(count) for _ in range(3))
-        memory["read"] = lambda: (MEMORY_BYTES, lambda: a.sum())
-        memory["copy"] = lambda: (2 * MEMORY_BYTES, lambda: b.copy_(a))
-        memory["triad"] = lambda: (3 * MEMORY_BYTES, lambda: torch.add(a, b, alpha=2.0, out=c))
-    each = seconds / (len(matrix) + len(memory))
-    found = {name: _best_rate(*make(), each) for name, make in (matrix | memory).items()}
-    return Rates(max(found[name] for name in matrix), max(found[name] for name in memory), threads, found)
+        return Rates(max(matrix), max(memory), threads)
+    torch.set_num_threads(threads)
+    for size in MATRIX_SIZES:
+        first, second = (torch.randn(size, size) for _ in range(2))
+        matrix.append(_best_rate(2.0 * size**3, lambda first=first, second=second: first @ second, seconds))
+    a, b = torch.from_numpy(source), torch.from_numpy(target)
+    memory.append(_best_rate(MEMORY_BYTES, a.sum, seconds))
+    memory.append(_best_rate(2 * MEMORY_BYTES, lambda: b.copy_(a), seconds))
+    return Rates(max(matrix), max(memory), threads)
 
 
 def _best_rate(amount: float, call: Callable[[], Any], seconds: float) -> float:
@@ -157,26 +119,5 @@ def _best_rate(amount: float, call: Callable[[], Any], seconds: float) -> float:
     return amount / fastest
 
 
-@click.command()
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of products and memory traffic.")
-@click.option("--seconds", type=click.FloatRange(0.1), default=8.0, show_default=True, help="About how long.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@click.option("--inside", type=int, hidden=True)
-def main(threads: int, seconds: float, as_json: bool, inside: int | None) -> None:
-    """Measures the machine's matrix and memory rates."""
-    if inside is not None:
-        print_json(_measure(inside, seconds).to_json())
-        return
-    rates = measure_rates(threads, seconds)
-    if as_json:
-        print_json(rates.to_json())
-        return
-    rows = [
-        [name, f"{value / 1e9:.1f}", "GFLOP/s" if name.split()[-1].isdigit() else "GB/s"]
-        for name, value in rates.details.items()
-    ]
-    print_table(["what", "rate", "unit"], rows, rates.text)
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(asdict(measure_here(int(sys.argv[1]) if len(sys.argv) > 1 else 1))))

@@ -7,8 +7,6 @@ are stored, and a run that was killed goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ import onnx
 
 from ..runtime.backends.onnxruntime.backend import GraphInMemory, OnnxRuntimeBackend
 from ..runtime.backends.protocol import GraphCall
+from ..runtime.bundle.manifest import graph_bytes
+from ..runtime.bundle.staged import stage_key
 from ..runtime.commands.console import Reporter
 from ..runtime.commands.timing import peak_memory
 from ..runtime.errors import BackendError, GtrError, UsageError
@@ -36,6 +36,12 @@ from .ranges import BINS, SAMPLES, Statistics
 
 BATCH = 4
 """Images per batch. All watched tensors of one call are in memory together: 1 GB for mar-b's backbone at 4 images."""
+
+STAGE_VERSIONS = {"sampler": 1, "plan": 1, "noise": 1, "statistics": 1, "ranges": 1, "quantise": 1}
+"""Raise a number when calibrations must be made again because something computes otherwise: the first three when the
+trajectories of one plan and seed change (runtime/sampling), ``statistics`` for what is recorded along them,
+``ranges`` for what is chosen from that (ranges.py, sensitivity.py, probes.py), ``quantise`` for the graphs that are
+written (layers.py, quantize.py). The last two let a stopped run go on with its statistics."""
 
 LayerStatistics = dict[str, Statistics]
 """Layer name to the statistics of what enters it; layers with the same input share them."""
@@ -209,20 +215,15 @@ def _identity(
     ar_steps: frozenset[int] | None,
 ) -> str:
     """Hash of everything that the statistics depend on."""
-    depends = {
-        "graphs": {kind: [sha256(path), _data_size(path)] for kind, path in graphs.items()},
-        "plan": plan.settings.to_json(),
-        "images": images.identity,
-        "batch_size": batch_size,
-        "ar_steps": sorted(ar_steps) if ar_steps is not None else None,
-        "statistics": [BINS, SAMPLES],
-    }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-
-
-def _data_size(path: Path) -> int:
-    data = path.with_name(path.name + ".data")
-    return data.stat().st_size if data.is_file() else 0
+    return stage_key(
+        graphs={kind: [sha256(path), graph_bytes(path)] for kind, path in graphs.items()},
+        plan=plan.settings.to_json(),
+        images=images.identity,
+        batch_size=batch_size,
+        ar_steps=sorted(ar_steps) if ar_steps is not None else None,
+        statistics=[BINS, SAMPLES],
+        versions=[STAGE_VERSIONS[name] for name in ("sampler", "plan", "noise", "statistics")],
+    )
 
 
 def _store(path: Path, identity: str, done: int, collector: Collector) -> None:

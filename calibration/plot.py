@@ -1,4 +1,4 @@
-"""The sensitivity table as a picture: one bar per layer, worst on top."""
+"""The sensitivity table as a chart: one bar per layer, worst on top."""
 
 from __future__ import annotations
 
@@ -6,53 +6,43 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from ..runtime.pictures.charts import BLUE, DARK, VERMILION, new_figure, plain, save_figure
 
-from ..runtime.errors import UsageError
-from ..runtime.files import atomic_path
-from ..runtime.pictures.drawing import BACKGROUND, MARGIN, TEXT, Colour, fitted, load_font
-
-_BAR: Colour = (86, 132, 190)
-_KEPT: Colour = (210, 120, 84)
-_LINE: Colour = (206, 206, 202)
-_ROW, _NAMES, _BARS, _FONT = 20, 320, 460, 13
+MOST = 30
+"""Bars of one chart."""
 
 
 def plot_bars(path: Path, title: str, bars: Sequence[tuple[str, float]], kept: Sequence[str] = ()) -> None:
-    """Writes a PNG of horizontal bars on a logarithmic axis.
+    """Writes a PNG of horizontal bars on a logarithmic axis: at most the 30 largest, the largest on top.
 
     Args:
         path: ends in .png.
         title: one line.
-        bars: (name, value above 0), in the order to show; values of 0 get no bar.
+        bars: (name, value of at least 0); 0 has no bar, infinity a full one.
         kept: names drawn in another colour.
 
     Raises:
-        UsageError: another suffix.
+        GtrError: matplotlib is missing.
     """
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--plot {path} does not end in .png")
-    font, top = load_font(_FONT), 2 * MARGIN + 2 * _ROW
-    size = (_NAMES + _BARS + 90 + 2 * MARGIN, top + _ROW * len(bars) + MARGIN)
-    canvas = Image.new("RGB", size, BACKGROUND)
-    pen = ImageDraw.Draw(canvas)
-    pen.text((MARGIN, MARGIN), fitted(title, load_font(_FONT + 2), size[0] - 2 * MARGIN), TEXT, load_font(_FONT + 2))
-    positive = [value for _, value in bars if value > 0 and math.isfinite(value)]
-    low = math.floor(math.log10(min(positive))) if positive else -1
-    high = max(math.ceil(math.log10(max(positive))), low + 1) if positive else 0
-    left = MARGIN + _NAMES
-    for decade in range(low, high + 1):
-        x = left + round(_BARS * (decade - low) / (high - low))
-        pen.line((x, top - 4, x, size[1] - MARGIN), _LINE)
-        pen.text((x - 12, top - _ROW - 2), f"{10.0**decade:g}", TEXT, font)
-    for row, (name, value) in enumerate(bars):
-        y = top + row * _ROW
-        pen.text((MARGIN, y), fitted(name, font, _NAMES - 12), TEXT, font)
-        share = 1.0 if math.isinf(value) else 0.0
-        if 0 < value < math.inf:
-            share = (math.log10(value) - low) / (high - low)
-        end = left + max(1, round(_BARS * share))
-        pen.rectangle((left, y + 3, end, y + _ROW - 5), _KEPT if name in kept else _BAR)
-        pen.text((end + 6, y), f"{value:.2g}", TEXT, font)
-    with atomic_path(path) as temporary:
-        canvas.save(temporary)
+    shown = sorted(bars, key=lambda bar: -bar[1])[:MOST]
+    note = f"the {len(shown)} worst of {len(bars)} layers" if len(shown) < len(bars) else ""
+    if any(name in kept for name, _ in shown):
+        note += f"{'; ' if note else ''}orange: kept as it was"
+    figure = new_figure(9, 1.2 + 0.24 * len(shown), title, note)
+    axes = figure.add_subplot()
+    plain(axes, "x")
+    axes.set_xscale("log")
+    positive = [value for _, value in shown if 0 < value < math.inf] or [0.1, 1.0]
+    low, high = 10.0 ** math.floor(math.log10(min(positive))), 1.6 * max(positive)
+    low = low if low < min(positive) else low / 10
+    rows = range(len(shown))
+    ends = [min(value, high) for _, value in shown]
+    axes.barh(rows, ends, height=0.7, color=[VERMILION if name in kept else BLUE for name, _ in shown])
+    for row, (_, value) in zip(rows, shown, strict=True):
+        end = (min(max(value, low), high), row)
+        axes.annotate(f"{value:.2g}", end, (4, 0), textcoords="offset points", va="center", size=9.5, color=DARK)
+    axes.set_yticks(rows, [name for name, _ in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(low, high * 1.4)
+    axes.xaxis.set_major_formatter("{x:g}")
+    save_figure(path, figure)

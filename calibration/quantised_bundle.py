@@ -6,9 +6,6 @@ interrupted run goes on with its last finished batch, and one with nothing to do
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +13,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle.reader import MANIFEST, Bundle, graph_bytes, stored_graph
-from ..runtime.bundle.staged import lock, partial_folder, settle, swap
+from msgspec import structs
+
+from ..runtime.bundle.manifest import GraphFiles, Manifest, Precision, StoredFile, graph_bytes
+from ..runtime.bundle.reader import Bundle
+from ..runtime.bundle.staged import StagedFolder, lock, replaceable, stage_key
 from ..runtime.commands.console import Reporter
-from ..runtime.errors import BundleError, GtrError, UsageError
+from ..runtime.errors import BundleError, UsageError
 from ..runtime.files import link_or_copy, write_json
-from .collect import Collected, collect
+from .collect import STAGE_VERSIONS, Collected, collect
 from .data import CalibrationImages, calibration_images
 from .layers import QUANTISED_KINDS
 from .probes import Probes, image_errors, outputs, record
@@ -32,6 +32,8 @@ from .sensitivity import Bench, Kept, choose_kept
 
 FLAVOURS_OF = {"int8": ("tensorrt", "cpu"), "fp8": ("fp8",)}
 """The first one's graphs are the bundle's main files; ``cpu`` lies beside them."""
+
+REPORT = "reports/calibration.json"
 
 METHOD_OF = {"int8": "mse", "fp8": "max"}
 """Measured best on mar-digits (docs/quantization.md); E4M3 has range to spare."""
@@ -56,28 +58,24 @@ def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> Calibrat
     if request.out.resolve() == request.source.resolve():
         raise UsageError(f"--out {request.out} is the source itself; choose another folder")
     prepared = prepare(request)
-    stages = [bundle.manifest["source"]["stages"] for bundle in (prepared.bundle, prepared.float16) if bundle]
+    stages = [bundle.manifest.source.stages for bundle in (prepared.bundle, prepared.float16) if bundle]
     key = calibration_key(request, stages, prepared.images, prepared.bundle.max_batch)
     with lock(request.out):
-        settle(request.out)
         if (report := finished(request, prepared.bundle.architecture.name, key)) is not None:
             return CalibrationResult(request.out, "cached", report)
-        partial = partial_folder(request.out)
-        if request.force:
-            shutil.rmtree(partial, ignore_errors=True)
-        (partial / "graphs").mkdir(parents=True, exist_ok=True)
-        (partial / MANIFEST).unlink(missing_ok=True)
+        folder = StagedFolder(request.out, request.force)
+        (folder.partial / "graphs").mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        statistics = partial / "statistics.npz"
+        statistics = folder.partial / "statistics.npz"
         collected = collect(
             prepared.bundle.architecture, prepared.graphs, prepared.plan, prepared.images, reporter, statistics,
             request.batch_size, request.threads,
         )  # fmt: skip
-        report = _write(request, prepared, collected, key, partial, reporter)
+        files, report = _write(request, prepared, collected, folder.partial, reporter)
         report["seconds"] = time.monotonic() - start
-        Bundle.load(partial).write_report("calibration", report)
+        write_json(folder.partial / REPORT, report)
         statistics.unlink()
-        swap(partial, request.out)
+        folder.publish(_manifest(request, prepared, key, files, report, StoredFile.of(folder.partial, REPORT)))
     return CalibrationResult(request.out, "built", report)
 
 
@@ -90,17 +88,13 @@ def calibration_key(
         stages: the keys of the graphs of each source, from their manifests: float32 and, where there is one, float16.
         max_batch: the source's.
     """
-    code = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(file.read_bytes())
-    depends = {
-        "stages": [[dict(keys) for keys in stages], max_batch],
-        "settings": [request.precision, request.plan, request.keep, request.method, request.percentile],
-        "images": [images.identity, request.batch_size, request.compared],
-        "code": code.hexdigest(),
-        "tools": [version("onnx"), _runtime_version()],
-    }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    return stage_key(
+        stages=[[dict(keys) for keys in stages], max_batch],
+        settings=[request.precision, request.plan, request.keep, request.method, request.percentile],
+        images=[images.identity, request.batch_size, request.compared],
+        versions=STAGE_VERSIONS,
+        tools=[version("onnx"), _runtime_version()],
+    )
 
 
 def _runtime_version() -> str:
@@ -113,24 +107,10 @@ def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, 
     """The report of a finished bundle of this very key; None if there is nothing.
 
     Raises:
-        GtrError: something else is in the way.
+        UsageError, GtrError: something else is in the way.
     """
-    out = request.out
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    try:
-        old = Bundle.load(out)
-    except BundleError as error:
-        if request.force and (out / MANIFEST).is_file():
-            return None
-        raise GtrError(f"{out} is in the way ({error}); choose another folder with --out") from None
-    if request.force:
-        return None
-    found, wanted = (old.architecture.name, old.precision), (model, request.precision)
-    if found != wanted:
-        difference = f"{out} holds {' '.join(found)}, this one is {' '.join(wanted)}"
-        raise GtrError(f"{difference}; --force replaces it, --out puts it elsewhere")
-    if old.manifest["source"].get("calibration") != key:
+    old = replaceable(request.out, model, request.precision, request.force)
+    if old is None or request.force or old.manifest.source.calibration != key:
         return None
     try:
         old.graph_paths(checksums=False)
@@ -171,12 +151,13 @@ def compared_images(request: CalibrationRequest, prepared: Prepared) -> Probes:
 
 
 def _write(
-    request: CalibrationRequest, prepared: Prepared, collected: Collected, key: str, partial: Path, reporter: Reporter
-) -> dict[str, Any]:
+    request: CalibrationRequest, prepared: Prepared, collected: Collected, partial: Path, reporter: Reporter
+) -> tuple[dict[str, dict[str, GraphFiles]], dict[str, Any]]:
+    """The files of each graph, ``main`` and where they differ ``cpu``; and the report."""
     bundle = prepared.bundle
     with reporter.stage(f"{request.compared} images to compare with"):
         probes = compared_images(request, prepared)
-    files: dict[str, dict[str, dict[str, Any]]] = {}
+    files: dict[str, dict[str, GraphFiles]] = {}
     flavours: dict[str, Any] = {}
     for flavour in FLAVOURS_OF[request.precision]:
         ranges = ranges_of(request, flavour, collected)
@@ -192,7 +173,7 @@ def _write(
             names = [layer.name for layer in bench.layers[kind]]
             keep = [name for name in kept.layers if name in names]
             quantise_graph(sources[kind], written[kind], ranges, flavour, keep)
-            files.setdefault(kind, {})["main" if main else "cpu"] = stored_graph(
+            files.setdefault(kind, {})["main" if main else "cpu"] = GraphFiles.of(
                 partial, written[kind].relative_to(partial).as_posix()
             )
         flavours[flavour] = _measured(bench, kept, written, prepared.graphs, request, probes)
@@ -201,11 +182,9 @@ def _write(
         if kind not in QUANTISED_KINDS:
             half = prepared.float16
             files[kind] = {"main": _taken(half or bundle, kind, partial)}
-            if half is not None and half.graphs[kind].model.sha256 != bundle.graphs[kind].model.sha256:
+            if half is not None and half.graphs[kind].checksums != bundle.graphs[kind].checksums:
                 files[kind]["cpu"] = _taken(bundle, kind, partial, "cpu/")
-    main = flavours[FLAVOURS_OF[request.precision][0]]
-    write_json(partial / MANIFEST, _manifest(request, prepared, key, files, main["kept"]))
-    return {
+    return files, {
         "model": bundle.architecture.name,
         "precision": request.precision,
         "plan": prepared.plan.settings.to_json(),
@@ -219,14 +198,12 @@ def _write(
     }
 
 
-def _taken(source: Bundle, kind: str, partial: Path, folder: str = "") -> dict[str, Any]:
-    """A graph as it is in another bundle: its files, linked, and the manifest's entry for them."""
+def _taken(source: Bundle, kind: str, partial: Path, folder: str = "") -> GraphFiles:
+    """A graph as it is in another bundle."""
     files = source.graphs[kind]
-    for stored in (files.model, files.data):
-        if stored is not None:
-            target = partial / "graphs" / folder / Path(stored.file).name
-            link_or_copy(stored.check(source.folder), target)
-    return stored_graph(partial, f"graphs/{folder}{Path(files.model.file).name}")
+    for stored in files.files:
+        link_or_copy(stored.check(source.folder), partial / "graphs" / folder / Path(stored.file).name)
+    return GraphFiles.of(partial, f"graphs/{folder}{Path(files.model.file).name}")
 
 
 def _measured(
@@ -272,25 +249,27 @@ def _manifest(
     request: CalibrationRequest,
     prepared: Prepared,
     key: str,
-    files: Mapping[str, Mapping[str, Any]],
-    kept: Sequence[str],
-) -> dict[str, Any]:
-    bundle, half = prepared.bundle, prepared.float16
-    rest = ["all else", "attention products", *kept]
+    files: Mapping[str, Mapping[str, GraphFiles]],
+    report: Mapping[str, Any],
+    stored_report: StoredFile,
+) -> Manifest:
+    old, half = prepared.bundle.manifest, prepared.float16
+    rest = ("all else", "attention products", *report["flavours"][FLAVOURS_OF[request.precision][0]]["kept"])
     graphs = {}
-    for kind, entry in bundle.manifest["graphs"].items():
-        graphs[kind] = {**entry, **files[kind]["main"], "cpu": files[kind].get("cpu")}
-    return {
-        **bundle.manifest,
-        "precision": {
-            "name": request.precision,
-            "networks": f"{request.precision} products with constant weights",
-            "float32": rest if half is None else half.manifest["precision"]["float32"],
-            **({} if half is None else {"float16": rest}),
-        },
-        "graphs": graphs,
-        "engines": [],
-        "source": {**bundle.manifest["source"], "calibration": key},
-        "tools": {**bundle.manifest["tools"], "onnx": version("onnx"), "onnxruntime": _runtime_version()},
-        "reports": {},
-    }
+    for kind, entry in old.graphs.items():
+        main = files[kind]["main"]
+        graphs[kind] = structs.replace(entry, model=main.model, data=main.data, cpu=files[kind].get("cpu"))
+    return structs.replace(
+        old,
+        precision=Precision(
+            request.precision,
+            f"{request.precision} products with constant weights",
+            rest if half is None else half.manifest.precision.float32,
+            () if half is None else rest,
+        ),
+        graphs=graphs,
+        engines=(),
+        source=structs.replace(old.source, calibration=key),
+        tools={**old.tools, "onnx": version("onnx"), "onnxruntime": _runtime_version()},
+        reports={"calibration": stored_report},
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..runtime.bundle.reader import Bundle
 from ..runtime.errors import UsageError
@@ -105,17 +104,10 @@ def _float16(request: CalibrationRequest, source: Bundle) -> Bundle | None:
     half = Bundle.load(request.float16)
     if half.precision != "fp16":
         raise UsageError(f"{request.float16} is {half.precision}; --float16 takes an fp16 bundle")
-    if _weights(half) != _weights(source):
+    if (half.architecture, half.manifest.source.weights) != (source.architecture, source.manifest.source.weights):
         raise UsageError(f"{request.float16} was built from other weights than {request.source}")
     if half.max_batch < source.max_batch:
         raise UsageError(
             f"{request.float16} is for batches up to {half.max_batch}, {request.source} up to {source.max_batch}"
         )
     return half
-
-
-def _weights(bundle: Bundle) -> tuple[Any, ...]:
-    """What tells one set of weights from another, wherever their files lie."""
-    source = bundle.manifest["source"]
-    files = [source[name] and source[name]["sha256"] for name in ("checkpoint", "vae")]
-    return (bundle.architecture, source["random_weights"], *files)

@@ -165,11 +165,12 @@ def sensitivity(
     calibration: dict[str, Any],
 ) -> None:
     """Show what each layer costs when it alone is quantised, worst first."""
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise UsageError(f"--plot {plot} does not end in .png")
     from ..calibration.quantised_bundle import bench_of
     from ..calibration.sensitivity import COST_COLUMNS, cost_rows, layer_costs
+    from ..runtime.pictures.charts import checked_target
 
+    if plot is not None:
+        checked_target(plot)
     reporter = Reporter(quiet=as_json)
     request = _request(bundle, None, precision, calibration)
     bench = bench_of(request, "fp8" if precision == "fp8" else flavour, reporter)

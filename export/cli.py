@@ -73,8 +73,8 @@ def build(
     """
     from ..runtime.commands.timing import peak_memory
     from ..runtime.machine.examine import examine_machine
-    from .build.build import BuildRequest, CalibrationChoices, default_out
     from .build.build import build as run_build
+    from .build.request import BuildRequest, CalibrationChoices, default_out
     from .engines.builder import EngineRequest, build_engines, check_request
     from .engines.options import after_engines, choose_for_build, engines_json
     from .engines.target import NeedsGpuError
@@ -220,38 +220,34 @@ def verify(
 @_json_option
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what a bundle holds, from its manifest alone."""
+    from ..runtime.bundle.manifest import MANIFEST
     from ..runtime.bundle.reader import Bundle
+    from ..runtime.files import read_json
+    from ..runtime.models.graphs import signature
     from .engines.options import engine_rows
 
     opened = Bundle.load(bundle)
     if as_json:
-        print_json(opened.manifest)
+        print_json(read_json(bundle / MANIFEST))
         return
-    source = opened.manifest["source"]
-    if source.get("random_weights") is not None:
-        weights = f"random (seed {source['random_weights']})"
-    else:
-        weights = f"{source['checkpoint']['path']} (sha256 {source['checkpoint']['sha256'][:12]}…)"
-    architecture = opened.architecture
-    precision = opened.manifest["precision"]
+    manifest, source, architecture = opened.manifest, opened.manifest.source, opened.architecture
+    weights = f"random (seed {source.random_weights})"
+    if source.checkpoint is not None:
+        weights = f"{source.checkpoint.path} (sha256 {source.checkpoint.sha256[:12]}…)"
     for label, text in (
         ("model", f"{architecture.name}, {architecture.tokens} tokens, width {architecture.width}"),
-        ("precision", f"{opened.precision}; float32: {', '.join(precision['float32'])}"),
+        ("precision", f"{opened.precision}; float32: {', '.join(manifest.precision.float32)}"),
         ("weights", weights),
         ("plans", ", ".join(f"{key} {value}" for key, value in opened.plan_defaults.items())),
         ("batch", f"up to {opened.max_batch}"),
-        ("tools", ", ".join(f"{key} {value}" for key, value in opened.manifest["tools"].items())),
+        ("tools", ", ".join(f"{key} {value}" for key, value in manifest.tools.items())),
         ("evidence", _evidence(opened)),
     ):
         click.echo(f"{label:10} {text}")
-    rows = []
-    for kind, files in opened.graphs.items():
-        entry = opened.manifest["graphs"][kind]
-        signature = " -> ".join(
-            ", ".join(f"{t['name']}[{','.join(str(axis) for axis in t['axes'])}]" for t in entry[side])
-            for side in ("inputs", "outputs")
-        )
-        rows.append([kind, str(files.opset), f"{files.bytes / 2**20:.1f}", signature])
+    rows = [
+        [kind, str(entry.opset), f"{entry.bytes / 2**20:.1f}", signature(entry.inputs, entry.outputs)]
+        for kind, entry in opened.graphs.items()
+    ]
     print_table(["graph", "opset", "MiB", "inputs -> outputs"], rows)
     if opened.engine_sets:
         print_table(["engines", "precision", "plans", "batch", "MB"], engine_rows(opened.engine_sets))

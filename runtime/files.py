@@ -68,10 +68,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Puts a file at ``target``, in place of what is there: a hard link where the file system allows, else a copy."""
+    """Puts a file at ``target``, in place of what is there: a hard link where that is allowed, else a copy.
+
+    ONNX refuses weights beside a graph (``.data``) that have a second link, lest a bundle shows it another's file.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:
+        if source.suffix == ".data":
+            raise OSError("not to be linked")
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)

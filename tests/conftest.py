@@ -17,7 +17,8 @@ from fakes.bundles import VERSIONS
 from fakes.machine import FakeMachine
 from fakes.tensorrt import make_module
 
-from gtr_deploy.export.build.build import BuildRequest, build
+from gtr_deploy.export.build.build import build
+from gtr_deploy.export.build.request import BuildRequest
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.pipeline import Pipeline

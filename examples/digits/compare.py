@@ -17,7 +17,7 @@ from judge import train_judge
 
 from gtr_deploy.runtime import Bundle, Pipeline
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.bundle.reader import graph_bytes
+from gtr_deploy.runtime.bundle.manifest import graph_bytes
 from gtr_deploy.runtime.commands.console import Reporter, print_table
 from gtr_deploy.runtime.pipeline import Generation
 from gtr_deploy.runtime.quality.digits import DigitMeasure, real_digits

@@ -14,14 +14,15 @@ from ...calibration.data import calibration_images
 from ...calibration.quantised_bundle import CalibrationResult, calibration_key, finished, quantise_bundle
 from ...calibration.request import CalibrationRequest
 from ...runtime.bundle.reader import Bundle
-from ...runtime.bundle.staged import lock, settle
+from ...runtime.bundle.staged import lock
 from ...runtime.commands.console import Reporter
-from .build import BuildRequest, BuildResult, build, stage_keys
+from .float_bundle import build_float, stage_keys
+from .request import BuildRequest, BuildResult
 from .sources import resolve_weights
 
 
 def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
-    """See :func:`~.build.build`; raises also what :func:`~..calibration.bundle.quantise_bundle` does."""
+    """See :func:`~.build.build`; raises also what :func:`~..calibration.quantised_bundle.quantise_bundle` does."""
     entry, choices = request.entry(), request.calibration
     sources = {name: request.out.with_name(f"{request.out.name}.{name}") for name in ("fp32", "fp16")}
     wanted = CalibrationRequest(
@@ -40,11 +41,10 @@ def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
     requests = [replace(request, precision=name, out=out, force=False) for name, out in sources.items()]
     keys = [stage_keys(part, weights) for part in requests]
     with lock(request.out):
-        settle(request.out)
         report = finished(wanted, entry.architecture.name, calibration_key(wanted, keys, images, request.max_batch))
     if report is not None:
         return _result(request.out, dict.fromkeys([*keys[0], "calibration", "manifest"], "cached"))
-    stages, _ = (build(part, reporter).stages for part in requests)
+    stages, _ = (build_float(part, reporter).stages for part in requests)
     result: CalibrationResult = quantise_bundle(wanted, reporter)
     for source in sources.values():
         shutil.rmtree(source)
@@ -54,6 +54,5 @@ def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
 
 def _result(out: Path, stages: dict[str, str]) -> BuildResult:
     bundle = Bundle.load(out)
-    both = [stored for files in bundle.graphs.values() for stored in files.cpu or () if stored is not None]
-    total = sum(files.bytes for files in bundle.graphs.values()) + sum(stored.bytes for stored in both)
+    total = sum(files.bytes + (files.cpu.bytes if files.cpu else 0) for files in bundle.graphs.values())
     return BuildResult(out, stages, total)

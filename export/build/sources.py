@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...runtime.bundle.manifest import Source, WeightsFile
 from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import GtrError, UsageError
@@ -80,17 +81,13 @@ class Weights:
                 self._loaded["vae"] = load_vae_decoder(self.vae_path, self.architecture)
         return self._loaded["vae"]
 
-    def to_json(self) -> dict[str, Any]:
-        """The manifest's ``source`` section."""
-        return {
-            "checkpoint": _source_json(self.checkpoint_path),
-            "vae": _source_json(self.vae_path),
-            "random_weights": self.random_seed,
-        }
+    def source(self, stages: Mapping[str, str]) -> Source:
+        """The manifest's ``source`` section, with the keys of these stages."""
+        return Source(_file(self.checkpoint_path), _file(self.vae_path), self.random_seed, stages, None)
 
 
-def _source_json(path: Path | None) -> dict[str, Any] | None:
-    return None if path is None else {"path": str(path.resolve()), "sha256": file_sha256(path)}
+def _file(path: Path | None) -> WeightsFile | None:
+    return None if path is None else WeightsFile(str(path.resolve()), file_sha256(path))
 
 
 def resolve_weights(
@@ -141,28 +138,27 @@ def weights_of_bundle(
     Raises:
         GtrError: a named file is not the one that the bundle was built from.
     """
-    source = bundle.manifest["source"]
+    source = bundle.manifest.source
     paths: dict[str, Path | None] = {"checkpoint": checkpoint, "vae": vae}
-    for name, given in paths.items():
-        recorded = source.get(name)
+    for name, recorded in (("checkpoint", source.checkpoint), ("vae", source.vae)):
+        given = paths[name]
         if recorded is None:
             paths[name] = None
             continue
-        candidate = given or _recorded_path(bundle, name, recorded)
-        if candidate is None or not candidate.is_file():
-            return None, f"the {name} it was built from ({recorded['path']}) is not here; give it with --{name}"
-        if (found := file_sha256(candidate)) != recorded["sha256"]:
-            line = f"{candidate} has sha256 {found[:12]}…, the bundle was built from {recorded['sha256'][:12]}…"
+        candidate = given or _recorded_path(bundle, name, Path(recorded.path))
+        if not candidate.is_file():
+            return None, f"the {name} it was built from ({recorded.path}) is not here; give it with --{name}"
+        if (found := file_sha256(candidate)) != recorded.sha256:
+            line = f"{candidate} has sha256 {found[:12]}…, the bundle was built from {recorded.sha256[:12]}…"
             if given is not None:
                 raise GtrError(line)
             return None, line
         paths[name] = candidate
-    return Weights(bundle.architecture, paths["checkpoint"], paths["vae"], source.get("random_weights"), reporter), ""
+    return Weights(bundle.architecture, paths["checkpoint"], paths["vae"], source.random_weights, reporter), ""
 
 
-def _recorded_path(bundle: Bundle, name: str, recorded: Mapping[str, Any]) -> Path | None:
+def _recorded_path(bundle: Bundle, name: str, path: Path) -> Path:
     """The recorded path, or the package's own weights where the bundle came from another installation."""
-    path = Path(recorded["path"])
     entry = MODELS.get(bundle.architecture.name)
     if not path.is_file() and name == "checkpoint" and entry is not None and entry.shipped is not None:
         return entry.shipped

@@ -7,19 +7,20 @@ and the next build resumes at the first unfinished one.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...runtime.bundle.engine_sets import EngineGraph, EngineSet
-from ...runtime.bundle.reader import MANIFEST, Bundle, StoredFile
-from ...runtime.bundle.staged import lock
+from msgspec import structs
+
+from ...runtime.bundle.manifest import EngineGraph, EngineSet, StoredFile
+from ...runtime.bundle.reader import Bundle
+from ...runtime.bundle.staged import Stage, StagedFolder, lock, stage_key
 from ...runtime.commands.console import Reporter
-from ...runtime.errors import BundleError, GtrError, PlanError, UsageError
-from ...runtime.files import read_json, write_json
+from ...runtime.errors import GtrError, PlanError, UsageError
+from ...runtime.files import read_json
 from ...runtime.machine.examine import Machine, examine_machine
 from ...runtime.models.architecture import Architecture
 from ...runtime.models.families import graph_specs
@@ -29,9 +30,6 @@ from ...runtime.sampling.shapes import Profile, described, profiles
 from .audit import counted, float32_problem
 from .graph import BuildSettings, build_graph
 from .target import Target, choose_target
-
-STAGES = "stages.json"
-SETTINGS = "build.json"
 
 
 @dataclass(frozen=True)
@@ -104,40 +102,64 @@ def build_engines(request: EngineRequest, reporter: Reporter, machine: Machine |
         specs = graph_specs(bundle.architecture, max_batch)
         wanted = engine_profiles(plans.values(), specs, max_batch)
         files = bundle.graph_paths()
-        empty = _no_engines(bundle, target, request, tuple(plans), max_batch)
+        engines = EngineSet(
+            target.flavour, target.version, target.compute_capabilities, target.gpu, target.system,
+            target.hardware_compatible, tuple(plans), max_batch, bundle.precision, request.optimization_level, {},
+        )  # fmt: skip
         capabilities = ", ".join(target.compute_capabilities)
         reporter.say(
-            f"{empty.key}: for compute capability {capabilities}; plans {', '.join(plans)}; batch up to {max_batch}"
+            f"{engines.key}: for compute capability {capabilities}; plans {', '.join(plans)}; batch up to {max_batch}"
         )
         settings = BuildSettings(bundle.precision, request.workspace_gb, request.optimization_level)
-        shelf = _Shelf(bundle, empty, target, settings, request.force)
-        result = EngineResult(empty, request.bundle)
+        folder = StagedFolder(bundle.folder / "engines" / engines.key, request.force)
+        result = EngineResult(engines, request.bundle)
         graphs: dict[str, EngineGraph] = {}
         for kind, spec in specs.items():
-            graph = shelf.find(kind, wanted[kind])
-            if graph is not None:
+            key = stage_key(
+                graph=bundle.graphs[kind].checksums,
+                profiles=wanted[kind],
+                settings=asdict(settings),
+                target=[target.build_gpu, target.system, target.hardware_compatible],
+            )
+            stage = folder.adopt(kind, key)
+            if stage is not None:
                 result.cached.append(kind)
-                reporter.say(f"{kind}: cached, {graph.engine.bytes / 1e6:.1f} MB, {counted(graph.layers or {})}")
+                reporter.say(f"{kind}: cached, {stage.files[0].bytes / 1e6:.1f} MB, {counted(stage.counts)}")
             else:
                 for sizes in wanted[kind]:
                     reporter.say(f"{kind}: profile {described(sizes)}")
-                out = shelf.partial / f"{kind}.engine"
+                out = folder.partial / f"{kind}.engine"
                 built = build_graph(files[kind], spec, wanted[kind], target, settings, out, reporter)
-                graph = shelf.keep(kind, wanted[kind], built.seconds, built.audit.layers)
+                stored = StoredFile.of(folder.partial, out.name)
+                stage = folder.keep(kind, Stage(key, (stored,), round(built.seconds, 3), built.audit.layers))
                 result.built.append(kind)
                 result.warnings += built.warnings
-                size = graph.engine.bytes / 1e6
-                reporter.say(f"{kind}: {size:.1f} MB, {built.seconds:.1f} s, {built.audit.line()}")
-            if problem := float32_problem(graph.layers, expected_precision(spec, bundle.precision)):
+                reporter.say(f"{kind}: {stored.bytes / 1e6:.1f} MB, {built.seconds:.1f} s, {built.audit.line()}")
+            if problem := float32_problem(stage.counts, expected_precision(spec, bundle.precision)):
                 if request.strict:
                     raise GtrError(f"the {kind} engine: {problem}; without --strict this is a warning")
                 result.warnings.append(f"{kind}: {problem}")
-            graphs[kind] = graph
-        result.engines = shelf.publish(replace(empty, graphs=graphs))
+            engine = structs.replace(stage.files[0], file=f"engines/{engines.key}/{kind}.engine")
+            sums = bundle.graphs[kind].checksums
+            graphs[kind] = EngineGraph(engine, *sums, tuple(wanted[kind]), stage.seconds, stage.counts)
+        result.engines = structs.replace(engines, graphs=graphs)
+        _publish(folder, request.bundle, result)
     for warning in result.warnings:
         reporter.say(f"warning: {warning}")
     result.seconds = time.monotonic() - start
     return result
+
+
+def _publish(folder: StagedFolder, bundle: Path, result: EngineResult) -> None:
+    """Moves the engines to their place and lists them; writes nothing if exactly this is listed."""
+    engines, fresh = result.engines, Bundle.load(bundle)  # verify may have written a report meanwhile
+    if not result.built and engines in fresh.engine_sets:
+        folder.discard()
+        return
+    # While the folders change places listed engines would have other checksums: for this moment none are listed.
+    fresh = fresh.without_engines(engines.key)
+    folder.publish()
+    fresh.with_engines(engines)
 
 
 def request_target(request: EngineRequest, machine: Machine) -> Target:
@@ -213,110 +235,3 @@ def engine_profiles(
 def expected_precision(spec: GraphSpec, precision: str) -> str:
     """What a graph of a ``precision`` bundle computes in: float32 if its contract is as tight as in float32."""
     return "fp32" if len(set(spec.tolerances.values())) == 1 else precision
-
-
-def _no_engines(
-    bundle: Bundle, target: Target, request: EngineRequest, plans: tuple[str, ...], max_batch: int
-) -> EngineSet:
-    return EngineSet(
-        flavour=target.flavour,
-        version=target.version,
-        compute_capabilities=target.compute_capabilities,
-        gpu=target.gpu,
-        system=target.system,
-        hardware_compatible=target.hardware_compatible,
-        plans=plans,
-        max_batch=max_batch,
-        precision=bundle.precision,
-        optimization_level=request.optimization_level,
-        graphs={},
-    )
-
-
-class _Shelf:
-    """The engines of one key on disk: those listed, and those that an unfinished build has left."""
-
-    def __init__(self, bundle: Bundle, empty: EngineSet, target: Target, settings: BuildSettings, force: bool) -> None:
-        self._bundle, self._empty = bundle, empty
-        self._final, self.partial = (bundle.folder / "engines" / name for name in (empty.key, f"{empty.key}.partial"))
-        #: What a stored engine must have been built with, apart from its graph and profiles.
-        self._settings = {
-            **asdict(settings),
-            "gpu": target.build_gpu,
-            "system": target.system,
-            "hardware_compatible": target.hardware_compatible,
-        }
-        self._listed = next((entry for entry in bundle.engine_sets if entry.key == empty.key), None)
-        self._unfinished: dict[str, EngineGraph] = {}
-        self._usable: list[Mapping[str, EngineGraph]] = []
-        if force:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        self._unfinished = self._read_unfinished()
-        self._usable.append(dict(self._unfinished))
-        if self._listed is not None and _read(self._final / SETTINGS) == self._settings:
-            self._usable.append(self._listed.graphs)
-
-    def find(self, kind: str, wanted: list[Profile]) -> EngineGraph | None:
-        """A sound engine of this very graph, with these profiles and settings."""
-        for graphs in self._usable:
-            graph = graphs.get(kind)
-            if graph is None or (graph.onnx, graph.data, list(graph.profiles)) != (*self._checksums(kind), wanted):
-                continue
-            try:
-                graph.engine.check(self._bundle.folder)
-            except BundleError:
-                continue
-            return graph
-        return None
-
-    def keep(self, kind: str, built: list[Profile], seconds: float, layers: Mapping[str, int]) -> EngineGraph:
-        """Records a file that has just been written into ``partial``."""
-        stored = StoredFile.of(self._bundle.folder, f"engines/{self.partial.name}/{kind}.engine")
-        graph = EngineGraph(stored, *self._checksums(kind), tuple(built), round(seconds, 3), dict(layers))
-        self._unfinished[kind] = graph
-        stages = replace(self._empty, graphs=self._unfinished).to_json()
-        write_json(self.partial / STAGES, {"settings": self._settings, "engines": stages})
-        return graph
-
-    def publish(self, engines: EngineSet) -> EngineSet:
-        """Moves new engines to their place and lists the set; writes nothing if exactly this is listed."""
-        folder, graphs = self._bundle.folder, dict(engines.graphs)
-        new = {kind: graph for kind, graph in graphs.items() if graph.engine.file.split("/")[1] == self.partial.name}
-        if new or engines != self._listed:
-            if new and self._listed is not None:
-                # Between the moves listed engines would have other checksums: for this moment none are listed.
-                fresh = Bundle.load(folder)
-                kept = [entry.to_json() for entry in fresh.engine_sets if entry.key != engines.key]
-                write_json(folder / MANIFEST, {**fresh.manifest, "engines": kept})
-            self._final.mkdir(parents=True, exist_ok=True)
-            for kind, graph in new.items():
-                moved = replace(graph.engine, file=f"engines/{engines.key}/{kind}.engine")
-                (folder / graph.engine.file).replace(folder / moved.file)
-                graphs[kind] = replace(graph, engine=moved)
-            write_json(self._final / SETTINGS, self._settings)
-            engines = replace(engines, graphs=graphs)
-            Bundle.load(folder).with_engines(engines)
-        shutil.rmtree(self.partial, ignore_errors=True)
-        return engines
-
-    def _checksums(self, kind: str) -> tuple[str, str | None]:
-        files = self._bundle.graphs[kind]
-        return files.model.sha256, files.data.sha256 if files.data else None
-
-    def _read_unfinished(self) -> dict[str, EngineGraph]:
-        record = _read(self.partial / STAGES)
-        try:
-            if record["settings"] != self._settings:
-                return {}
-            stages = record["engines"]
-            return dict(EngineSet.from_json(stages, STAGES, stages["graphs"]).graphs)
-        except (BundleError, KeyError, TypeError):
-            return {}  # a damaged record only means that its engines are built again
-
-
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except BundleError:
-        return None

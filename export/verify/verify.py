@@ -185,7 +185,7 @@ def verify(
 
 def _respacing(backend: OnnxRuntimeBackend, bundle: Bundle, report: Report, reporter: Reporter) -> None:
     """Warns of a checkpoint that does not bear t = 999. Random weights never do, and nobody wants their pictures."""
-    if bundle.manifest["source"].get("random_weights") is not None:
+    if bundle.manifest.source.random_weights is not None:
         return
     with reporter.stage("respacing: timesteps up to 999 and up to 950"):
         report.respacing = measure_respacing(backend, bundle.architecture, bundle.conditioner)

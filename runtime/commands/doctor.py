@@ -220,12 +220,8 @@ def _lost_weights(bundle: Bundle) -> str:
     """A weights file that the bundle was made from and that is not here; empty if none is missed."""
     if bundle.architecture.name == "mar-digits":  # its weights ship with the export part
         return ""
-    for name in ("checkpoint", "vae"):
-        recorded = bundle.manifest["source"].get(name)
-        path = recorded.get("path") if isinstance(recorded, dict) else None
-        if isinstance(path, str) and not Path(path).is_file():
-            return path
-    return ""
+    source = bundle.manifest.source
+    return next((file.path for file in (source.checkpoint, source.vae) if file and not Path(file.path).is_file()), "")
 
 
 def _backend(name: str, reason: str, detail: str) -> Finding:

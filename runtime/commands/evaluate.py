@@ -122,7 +122,8 @@ def evaluate(
     equal numbers.
     """
     from ..bundle.reader import Bundle
-    from ..quality.plot import Point, checked_target, plot_front
+    from ..pictures.charts import checked_target
+    from ..quality.plot import Point, plot_front
 
     if plot is not None:
         checked_target(plot)

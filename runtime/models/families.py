@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from .architecture import Architecture
@@ -31,22 +29,21 @@ def known_models() -> dict[str, KnownModel]:
     return {name: model for family in FAMILIES.values() for name, model in family.models.items()}
 
 
-def decode_model(model: Any, conditioning: Any) -> tuple[Architecture, Conditioner]:
+def decode_model(model: msgspec.Raw, conditioning: msgspec.Raw) -> tuple[Architecture, Conditioner]:
     """Sizes and conditioner from a manifest's two sections, read strictly.
 
-    Args:
-        model: plain JSON values; ``family`` decides how they are read.
-        conditioning: plain JSON values.
-
     Raises:
-        ValueError: an unknown family, anything missing, unknown, of another type or out of range. Paths in the message
-            begin with ``$``, the section.
+        ValueError: an unknown family, anything missing, unknown, of another type or out of range.
     """
-    name = model.get("family") if isinstance(model, dict) else None
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"family {str(name)[:40]!r} is not one of {', '.join(FAMILIES)}")
+    name = msgspec.json.decode(model, type=_Tagged).family
+    if name not in FAMILIES:
+        raise ValueError(f"family {name[:40]!r} is not one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    architecture = msgspec.convert(model, family.architecture)
-    conditioner = msgspec.convert(conditioning, family.conditioner)
+    architecture = msgspec.json.decode(model, type=family.architecture)
+    conditioner = msgspec.json.decode(conditioning, type=family.conditioner)
     conditioner.check_architecture(architecture)
     return architecture, conditioner
+
+
+class _Tagged(msgspec.Struct):
+    family: str

@@ -10,9 +10,10 @@ model, and a letter where it is symbolic:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from msgspec import Struct
 
 from .architecture import Architecture
 
@@ -38,8 +39,7 @@ OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20, "fp8": 20}
 """ONNX opset of each precision's graphs; bfloat16 kernels and types are complete from 22 on."""
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """Name, NumPy dtype name and axes of one input or output."""
 
     name: str
@@ -50,9 +50,11 @@ class TensorSpec:
         """The axes with letters replaced by ``sizes``."""
         return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.axes)
 
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"name": self.name, "dtype": self.dtype, "axes": list(self.axes)}
+    @property
+    def text(self) -> str:
+        """``z[G,B,P,768]``, with the dtype in front where it is not float32."""
+        dtype = "" if self.dtype == "float32" else f"{self.dtype} "
+        return f"{dtype}{self.name}[{','.join(str(axis) for axis in self.axes)}]"
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,10 @@ class GraphSpec:
         found = [axis for tensor in (*self.inputs, *self.outputs) for axis in tensor.axes if isinstance(axis, str)]
         return tuple(dict.fromkeys(found))
 
-    def to_json(self) -> dict[str, Any]:
-        """The part of the contract that a manifest repeats."""
-        return {
-            "inputs": [tensor.to_json() for tensor in self.inputs],
-            "outputs": [tensor.to_json() for tensor in self.outputs],
-        }
+
+def signature(inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> str:
+    """A contract on one line."""
+    return " -> ".join(", ".join(tensor.text for tensor in side) for side in (inputs, outputs))
 
 
 NETWORKS = ("backbone", "diffusion_step", "detail_score", "decoder")

@@ -1,4 +1,4 @@
-"""benchmarks/quality.py on small configurations: it goes on where it stopped, and what it reuses changes nothing."""
+"""benchmarks/quality.py on small configurations: it goes on where it stopped, and its charts can be drawn."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import quality as script
 import quality_configurations
 import quality_figures as figures
 from click.testing import CliRunner
 from PIL import Image
-from remembering import RememberingBackend
 
 from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.errors import UsageError
-from gtr_deploy.runtime.models.architecture import ARCHITECTURES, PLAN_DEFAULTS
-from gtr_deploy.runtime.pipeline import Pipeline
+from gtr_deploy.runtime.models.families import known_models
 
 SMALL: dict[str, Any] = {
     "stage_steps": (2, 1, 1),
@@ -30,7 +27,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> tuple[quality_configurations.Configuration, ...]:
-    """Three configurations of four short AR steps; the second shares all but the last of them with the first."""
+    """Three configurations of four short AR steps."""
     entry = quality_configurations.Configuration
     chosen = (
         entry("preset", "gtr", SMALL),
@@ -40,7 +37,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> tuple[quality_configurations.Confi
     for module in (script, figures):
         monkeypatch.setattr(module, "CONFIGURATIONS", chosen)
     monkeypatch.setattr(figures, "FAILURES", ("gtr", "gtr-compact"))
-    monkeypatch.setattr(figures, "OFF_THE_CHART", 1000.0)  # so few steps make bad pictures
     monkeypatch.setattr(script, "PAIRS", (("gtr-compact", "fts none"),))
     return chosen
 
@@ -49,32 +45,15 @@ def test_configurations_fit_the_model_and_differ() -> None:
     entries = quality_configurations.CONFIGURATIONS
     assert entries[0].name == script.BASE
     assert len({entry.name for entry in entries}) == len(entries)
+    model = known_models()["mar-digits"]
     plans = [
-        chosen_plan(entry.preset, entry.overrides, ARCHITECTURES["mar-digits"], PLAN_DEFAULTS["mar-digits"]).settings
+        chosen_plan(entry.preset, entry.overrides, model.architecture, model.plan_defaults).settings
         for entry in entries
     ]
     assert len({json.dumps({**plan.to_json(), "name": ""}) for plan in plans}) == len(entries)
-    assert set(figures.FAILURES) <= {entry.name for entry in entries}
+    assert {*figures.FAILURES, *figures.SHOWN} <= {entry.name for entry in entries}
     assert {factor for _, _, factors in figures.QUESTIONS for factor in factors} == {e.factor for e in entries}
     assert {name for pair in quality_configurations.PAIRS for name in pair} <= {entry.name for entry in entries}
-
-
-def test_reused_steps_change_nothing(
-    small: tuple[quality_configurations.Configuration, ...], digits_pipeline: Pipeline
-) -> None:
-    backend = RememberingBackend(digits_pipeline.backend)  # type: ignore[arg-type]
-    remembering = Pipeline(digits_pipeline.architecture, backend, digits_pipeline.plan_defaults)
-    spent = []
-    for entry in small:
-        plan = chosen_plan(entry.preset, entry.overrides, digits_pipeline.architecture, digits_pipeline.plan_defaults)
-        backend.reused_cpu = backend.reused_wall = 0.0
-        found = remembering.generate([1, 2, 3], [5, 6, 7], plan)
-        wanted = digits_pipeline.generate([1, 2, 3], [5, 6, 7], plan)
-        np.testing.assert_array_equal(found.latents, wanted.latents)
-        spent.append((backend.reused_cpu, backend.reused_wall))
-    assert spent[0] == (0, 0)
-    assert min(spent[1]) > 0
-    assert spent[2] == (0, 0)  # another decoder context: nothing is shared
 
 
 @pytest.mark.usefixtures("small")
@@ -114,11 +93,20 @@ def test_it_goes_on_where_it_stopped(digits_bundle: Path, tmp_path: Path) -> Non
     assert isinstance(refused.exception, UsageError)
     assert "another bundle or --images" in str(refused.exception)
 
-    figures.draw(digits_bundle, script.read_lines(results), tmp_path / "docs")
-    for name in ("quality", "quality-time", "quality-flops", "quality-fts", "quality-failures"):
+    lines = script.read_lines(results)
+    figures.draw_charts(lines, tmp_path / "docs")
+    figures.draw_pictures(digits_bundle, lines, tmp_path / "docs")
+    for name in ("quality", "quality-presets", "quality-fts", "quality-failures"):
         with Image.open(tmp_path / "docs" / f"{name}.png") as picture:
             assert picture.width > 300
-    rows = figures.rows_of(script.read_lines(results))
+    rows = figures.rows_of(lines)
     assert [(row.name, row.images) for row in rows] == [("gtr", 40), ("fts none", 40), ("gtr-compact", 40)]
     assert rows[0].difference == {}
-    assert figures.markdown(rows[2]).count("|") == 11
+    assert figures.tables(lines).splitlines()[2].count("|") == 11
+
+
+def test_stored_results_can_be_drawn() -> None:
+    rows = figures.rows_of(script.read_lines(script.RESULTS))
+    assert len(rows) == len(quality_configurations.CONFIGURATIONS)
+    fast = next(row for row in rows if row.name == "gtr-fast")
+    assert fast.figures["frechet_distance"].value == pytest.approx(3.20, abs=0.005)

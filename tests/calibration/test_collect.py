@@ -14,7 +14,7 @@ import onnx
 import pytest
 from calibrated import Calibrated
 
-from gtr_deploy.calibration.collect import CollectingBackend, collect
+from gtr_deploy.calibration.collect import STAGE_VERSIONS, CollectingBackend, collect
 from gtr_deploy.calibration.data import calibration_images
 from gtr_deploy.calibration.quantize import quantise_graph
 from gtr_deploy.runtime.commands.console import Reporter
@@ -51,7 +51,7 @@ def test_a_killed_run_goes_on_where_it_was(calibrated: Calibrated, tmp_path: Pat
     checkpoint = tmp_path / "statistics.npz"
     program = f"""
 from pathlib import Path
-from gtr_deploy.calibration.collect import collect
+from gtr_deploy.calibration.collect import STAGE_VERSIONS, collect
 from gtr_deploy.calibration.data import calibration_images
 from gtr_deploy.runtime import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
@@ -93,6 +93,20 @@ def test_a_damaged_record_starts_again(calibrated: Calibrated, tmp_path: Path) -
     checkpoint.write_bytes(b"PK\x03\x04 not really")
     images = calibration_images(ARCHITECTURE, 1)
     assert collect(ARCHITECTURE, calibrated.graphs, calibrated.plan, images, QUIET, checkpoint, 1, 1).resumed == 0
+
+
+def test_statistics_follow_the_versions_of_what_made_them(
+    calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resumed() -> int:
+        images, record = calibration_images(ARCHITECTURE, 1), tmp_path / "statistics.npz"
+        return collect(ARCHITECTURE, calibrated.graphs, calibrated.plan, images, QUIET, record, 1, 1).resumed
+
+    assert (resumed(), resumed()) == (0, 1)
+    monkeypatch.setitem(STAGE_VERSIONS, "quantise", 99)
+    assert resumed() == 1
+    monkeypatch.setitem(STAGE_VERSIONS, "noise", 99)
+    assert resumed() == 0
 
 
 def _npz(path: Path, **arrays: np.ndarray) -> Path:

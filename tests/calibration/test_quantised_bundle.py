@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from msgspec import to_builtins
 
 from gtr_deploy.calibration import quantised_bundle as calibration_bundle
-from gtr_deploy.calibration.quantised_bundle import quantise_bundle
+from gtr_deploy.calibration.collect import STAGE_VERSIONS
+from gtr_deploy.calibration.data import calibration_images
+from gtr_deploy.calibration.quantised_bundle import calibration_key, quantise_bundle
 from gtr_deploy.calibration.request import CalibrationRequest
-from gtr_deploy.export.build.build import BuildRequest, CalibrationChoices, build
-from gtr_deploy.export.verify import verify
+from gtr_deploy.export.build.build import build
+from gtr_deploy.export.build.request import BuildRequest, CalibrationChoices
 from gtr_deploy.export.verify.limits import graph_limit
+from gtr_deploy.export.verify.verify import verify
 from gtr_deploy.runtime.backends.registry import BackendOptions, open_backend, resolve_backend
-from gtr_deploy.runtime.bundle.reader import MANIFEST, Bundle, stored_graph
+from gtr_deploy.runtime.bundle.manifest import MANIFEST, GraphFiles
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, UsageError
 from gtr_deploy.runtime.models.families import graph_specs
@@ -38,7 +43,7 @@ def int8_request(digits_bundle: Path, build_digits, tmp_path_factory: pytest.Tem
     model.doc_string = "fp16's own"
     onnx.save(model, half / "graphs" / "decoder.onnx")
     manifest = json.loads((half / MANIFEST).read_text(encoding="utf-8"))
-    manifest["graphs"]["decoder"].update(stored_graph(half, "graphs/decoder.onnx"))
+    manifest["graphs"]["decoder"].update(to_builtins(GraphFiles.of(half, "graphs/decoder.onnx")))
     (half / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return CalibrationRequest(digits_bundle, folder / "digits-int8", float16=half, **SMALL)
 
@@ -95,7 +100,7 @@ def test_what_gpus_do_not_quantise_is_float16(int8: Path, fp8: Path) -> None:
         assert len(attention) == 16
         assert {kinds[node.output[0]] for node in attention} == {element}
     assert Bundle.load(int8).read_report("calibration")["rest"] == "fp16"
-    assert "attention products" in Bundle.load(int8).manifest["precision"]["float16"]
+    assert "attention products" in Bundle.load(int8).manifest.precision.float16
 
 
 def test_nothing_to_do_ends_at_once(
@@ -103,6 +108,19 @@ def test_nothing_to_do_ends_at_once(
 ) -> None:
     monkeypatch.setattr(calibration_bundle, "collect", lambda *_: pytest.fail("calibrated again"))
     assert quantise_bundle(int8_request, QUIET).state == "cached"
+
+
+@pytest.mark.parametrize("stage", ["sampler", "plan", "noise", "statistics", "ranges", "quantise"])
+def test_the_key_follows_versions_not_source_files(
+    int8_request: CalibrationRequest, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """What draws (plot.py) has no version: editing it throws nothing away."""
+    images = calibration_images(Bundle.load(int8_request.source).architecture, 4)
+    before = calibration_key(int8_request, [{"backbone": "x"}], images, 8)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"the key reads {path}"))
+    assert calibration_key(int8_request, [{"backbone": "x"}], images, 8) == before
+    monkeypatch.setitem(STAGE_VERSIONS, stage, 99)
+    assert calibration_key(int8_request, [{"backbone": "x"}], images, 8) != before
 
 
 def test_a_stopped_run_goes_on_with_its_statistics(
@@ -203,7 +221,7 @@ def test_damaged_cpu_graphs_are_found(int8: Path, tmp_path: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     manifest["graphs"]["backbone"]["cpu"] = {"model": None}
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(BundleError, match="exactly model and data"):
+    with pytest.raises(BundleError, match=r"graphs.backbone.cpu.model: Expected `object`, got `null`"):
         Bundle.load(folder)
 
 
@@ -242,7 +260,7 @@ def test_bad_requests_are_one_line(int8: Path, digits_bundle: Path, build_digits
     (out / "letter.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(GtrError, match="in the way"):
         quantise_bundle(CalibrationRequest(digits_bundle, out, **SMALL), QUIET)
-    with pytest.raises(GtrError, match="holds mar-digits int8, this one is mar-digits fp8"):
+    with pytest.raises(GtrError, match="holds mar-digits int8, this build is mar-digits fp8"):
         quantise_bundle(CalibrationRequest(digits_bundle, int8, "fp8", **SMALL), QUIET)
 
 

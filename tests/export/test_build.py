@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gtr_deploy.export.build import build as build_module
-from gtr_deploy.export.build.build import BuildRequest, build, default_out
+from gtr_deploy.export.build import float_bundle
+from gtr_deploy.export.build.build import build
+from gtr_deploy.export.build.request import BuildRequest, default_out
 from gtr_deploy.runtime.bundle import staged as folders
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
@@ -61,14 +62,14 @@ def test_another_checkpoint_rebuilds_its_graphs_only(own_bundle: Path) -> None:
     request = BuildRequest("mar-digits", own_bundle, random_weights=True)
     result = build(request, QUIET)
     assert result.stages == _states(manifest="built", backbone="built", diffusion_step="built")
-    assert Bundle.load(own_bundle).manifest["source"]["random_weights"] == 0
+    assert Bundle.load(own_bundle).manifest.source.random_weights == 0
     assert build(request, QUIET).unchanged
 
 
 def test_force_builds_everything(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-    real = build_module._export
-    monkeypatch.setattr(build_module, "_export", lambda spec, *rest: built.append(spec.kind) or real(spec, *rest))
+    real = float_bundle._export
+    monkeypatch.setattr(float_bundle, "_export", lambda spec, *rest: built.append(spec.kind) or real(spec, *rest))
     monkeypatch.setattr(folders, "_exchange", lambda *_: False)  # also the way of systems without an atomic exchange
     build(BuildRequest("mar-digits", own_bundle, force=True), QUIET)
     assert built == list(KINDS)
@@ -171,16 +172,14 @@ def test_failure_keeps_the_old_bundle(own_bundle: Path, monkeypatch: pytest.Monk
         raise GtrError("no")
 
     before = (own_bundle / "manifest.json").read_bytes()
-    monkeypatch.setattr(build_module, "_export", fail)
+    monkeypatch.setattr(float_bundle, "_export", fail)
     with pytest.raises(GtrError, match="no"):
         build(BuildRequest("mar-digits", own_bundle, force=True), QUIET)
     assert (own_bundle / "manifest.json").read_bytes() == before
     Bundle.load(own_bundle).graph_paths()
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"backbone": 3}', '{"backbone": {"key": "x", "model": {}, "data": null}}']
-)
+@pytest.mark.parametrize("content", ["{", "[]", '{"backbone": 3}', '{"backbone": {"key": "x", "files": [{}]}}'])
 def test_damaged_record_of_stages_only_costs_time(own_bundle: Path, content: str) -> None:
     partial = folders.partial_folder(own_bundle)
     partial.mkdir()
@@ -223,3 +222,14 @@ def test_hard_links_or_copies(own_bundle: Path, monkeypatch: pytest.MonkeyPatch)
     result = build(BuildRequest("mar-digits", own_bundle, max_batch=5), QUIET)
     assert result.stages == _states(manifest="built")
     Bundle.load(own_bundle).graph_paths()
+
+
+def test_a_new_version_of_a_graph_builds_it_again(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(float_bundle.STAGE_VERSIONS, "decoder", 99)
+    request = BuildRequest("mar-digits", own_bundle)
+    assert build(request, QUIET).stages == _states(manifest="built", decoder="built")
+    assert build(request, QUIET).unchanged
+
+
+def test_every_graph_has_a_version() -> None:
+    assert set(float_bundle.STAGE_VERSIONS) == set(KINDS)

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from click.testing import Result
 from commands import one_line_error
+from msgspec import to_builtins
 
-from gtr_deploy.export.build.build import BuildRequest, build
+from gtr_deploy.export.build.build import build
+from gtr_deploy.export.build.request import BuildRequest
 from gtr_deploy.export.engines import builder as engines
 from gtr_deploy.export.engines import target as engine_target
 from gtr_deploy.export.engines.audit import Audit
@@ -119,7 +121,7 @@ def test_only_what_changed_is_built_again(own_bundle: Path, builder: Builder) ->
     assert make(own_bundle, optimization_level=2, workspace_gb=1.0, max_batch=2, force=True).built == KINDS
     Bundle.load(own_bundle).engine_paths(Bundle.load(own_bundle).engine_sets[0])
     assert [path.name for path in (own_bundle / "engines").iterdir()] == [KEY]
-    settings = own_bundle / "engines" / KEY / "build.json"
+    settings = own_bundle / "engines" / KEY / "stages.json"
     settings.write_text("{")  # a damaged record only costs time
     assert make(own_bundle, optimization_level=2, workspace_gb=1.0, max_batch=2).built == KINDS
 
@@ -138,9 +140,9 @@ def test_another_graph_is_built_again(own_bundle: Path, build_digits: Callable[[
     manifest = json.loads((own_bundle / "manifest.json").read_text())
     with (own_bundle / "graphs" / "decoder.onnx").open("ab") as file:
         file.write(b"\0")
-    from gtr_deploy.runtime.bundle.reader import StoredFile
+    from gtr_deploy.runtime.bundle.manifest import StoredFile
 
-    manifest["graphs"]["decoder"]["model"] = StoredFile.of(own_bundle, "graphs/decoder.onnx").to_json()
+    manifest["graphs"]["decoder"]["model"] = to_builtins(StoredFile.of(own_bundle, "graphs/decoder.onnx"))
     (own_bundle / "manifest.json").write_text(json.dumps(manifest))
     assert make(own_bundle).built == ["decoder"]
 
@@ -161,6 +163,23 @@ def test_a_build_that_fails_resumes(own_bundle: Path, builder: Builder) -> None:
     bundle = Bundle.load(own_bundle)
     bundle.engine_paths(bundle.engine_sets[0])
     assert [path.name for path in (own_bundle / "engines").iterdir()] == [KEY]
+
+
+@pytest.mark.parametrize("cut", ["publish", "with_engines"])
+def test_stopped_while_new_engines_take_their_place(
+    own_bundle: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    """At no moment are engines listed that are not whole, and nothing is built twice."""
+    make(own_bundle)
+    with monkeypatch.context() as patch:
+        stop = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+        patch.setattr(engines.StagedFolder if cut == "publish" else Bundle, cut, stop)
+        with pytest.raises(KeyboardInterrupt):
+            make(own_bundle, optimization_level=5)
+    assert Bundle.load(own_bundle).engine_sets == ()
+    assert make(own_bundle, optimization_level=5).cached == KINDS
+    bundle = Bundle.load(own_bundle)
+    bundle.engine_paths(bundle.engine_sets[0])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": 1, "engines": 2}', "null"])

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from gtr_deploy.export.build.build import BuildRequest, build
+from gtr_deploy.export.build.build import build
+from gtr_deploy.export.build.request import BuildRequest
 from gtr_deploy.export.engines.graph import BuildSettings, BuiltGraph, build_graph
 from gtr_deploy.export.engines.target import Target, choose_target
 from gtr_deploy.export.verify import graph_inputs

@@ -108,7 +108,7 @@ def test_model_alone_is_enough_with_a_network(
     result = export_cli("build", "--model", "mar-digits")
     assert result.exit_code == 0, result.output
     bundle = Bundle.load(tmp_path / "bundles" / "mar-digits-fp32")
-    assert bundle.manifest["source"]["checkpoint"]["path"].endswith("mar-digits/checkpoint-last.pth")
+    assert bundle.manifest.source.checkpoint.path.endswith("mar-digits/checkpoint-last.pth")
     assert "weights: safetensors" in result.stderr
 
 
@@ -117,7 +117,7 @@ def test_inspect(export_cli: Cli, own_bundle: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "tokens[B,V,16]" in result.stdout
     assert "none yet; gtr-export verify" in result.stdout
-    assert json.loads(export_cli("inspect", own_bundle, "--json").stdout)["schema"] == 1
+    assert json.loads(export_cli("inspect", own_bundle, "--json").stdout)["schema"] == 2
     Bundle.load(own_bundle).write_report("parity", {})
     (own_bundle / "reports" / "parity.json").write_text("changed")
     assert "the manifest says" in export_cli("inspect", own_bundle).stdout

@@ -19,7 +19,7 @@ from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.protocol import Backend
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.models.families import graph_specs
-from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS
+from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS, TensorSpec
 from gtr_deploy.runtime.sampling.chains import DiffusionChain, Floats, Integers
 from gtr_deploy.runtime.sampling.loop import sample
 from gtr_deploy.runtime.sampling.noise import SeededNoise
@@ -167,11 +167,11 @@ def test_graphs_keep_the_contract_that_manifests_repeat(graph_files: dict[str, d
     for kind, path in graph_files["digits"].items():
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-        def described(values: list[Any]) -> list[dict[str, Any]]:
-            return [{"name": v.name, "dtype": dtypes[v.type], "axes": list(v.shape)} for v in values]
+        def described(values: list[Any]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(v.name, dtypes[v.type], tuple(v.shape)) for v in values)
 
-        found = {"inputs": described(session.get_inputs()), "outputs": described(session.get_outputs())}
-        assert found == specs[kind].to_json()
+        assert described(session.get_inputs()) == specs[kind].inputs
+        assert described(session.get_outputs()) == specs[kind].outputs
 
 
 def test_diffusion_step_graph_against_the_formulas(onnx_backends: dict[str, OnnxRuntimeBackend]) -> None:

@@ -12,11 +12,13 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import Result
+from msgspec import to_builtins
 from onnx import numpy_helper
 
 from gtr_deploy.export.verify import verify as verify_module
 from gtr_deploy.export.verify.verify import Check, Report, relative_error, verify
-from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
+from gtr_deploy.runtime.bundle.manifest import StoredFile
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BundleError, GtrError, PlanError
 from gtr_deploy.runtime.files import write_json
@@ -33,7 +35,7 @@ def _rewrite(bundle: Path, kind: str, change: Callable[[onnx.ModelProto], None])
     change(model)
     onnx.save(model, path)
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["graphs"][kind]["model"] = StoredFile.of(bundle, f"graphs/{kind}.onnx").to_json()
+    manifest["graphs"][kind]["model"] = to_builtins(StoredFile.of(bundle, f"graphs/{kind}.onnx"))
     write_json(bundle / "manifest.json", manifest)
 
 
@@ -159,7 +161,8 @@ def test_on_a_deployment_machine_without_torch(
 
 
 def test_random_weights_are_made_again(tmp_path: Path) -> None:
-    from gtr_deploy.export.build.build import BuildRequest, build
+    from gtr_deploy.export.build.build import build
+    from gtr_deploy.export.build.request import BuildRequest
 
     build(BuildRequest("mar-digits", tmp_path / "b", random_weights=True), QUIET)
     report = verify(tmp_path / "b", QUIET, plans=["gtr-fast"], images=1)

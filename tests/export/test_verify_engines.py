@@ -11,6 +11,7 @@ import pytest
 from click.testing import Result
 from fakes.bundles import add_fake_engines, fake_host
 from fakes.machine import FakeMachine
+from msgspec import to_builtins
 
 from gtr_deploy.export.verify import verify as verify_module
 from gtr_deploy.export.verify.graph_inputs import covered_presets
@@ -65,12 +66,12 @@ def test_engines_that_compute_something_else_fail(own_bundle: Path, export_cli: 
 
 def add_changed(folder: Path, file: Path) -> None:
     """The manifest's size and checksum of an engine that was replaced on purpose."""
-    from gtr_deploy.runtime.bundle.reader import StoredFile
+    from gtr_deploy.runtime.bundle.manifest import StoredFile
 
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     graph = manifest["engines"][0]["graphs"][file.stem]
-    graph["engine"] = StoredFile.of(folder, str(file.relative_to(folder))).to_json()
+    graph["engine"] = to_builtins(StoredFile.of(folder, str(file.relative_to(folder))))
     path.write_text(json.dumps(manifest))
 
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from msgspec import structs
 
 from fakes.machine import FakeMachine
 from fakes.tensorrt import fake_engine_bytes
-from gtr_deploy.runtime.bundle.engine_sets import EngineGraph, EngineSet
-from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
+from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet, StoredFile
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.machine.examine import Gpu, Machine
 from gtr_deploy.runtime.models.families import graph_specs
 from gtr_deploy.runtime.sampling.plan import SamplingPlan, preset, resolve
 from gtr_deploy.runtime.sampling.shapes import Profile, profiles
 
 VERSIONS = {"tensorrt": "11.4.0", "tensorrt-rtx": "1.7.1.116"}
+
+
+def changed(bundle: Bundle, **changes: Any) -> Bundle:
+    """The bundle as if its manifest said otherwise; ``precision`` is the name. Nothing is written."""
+    if "precision" in changes:
+        changes["precision"] = structs.replace(bundle.manifest.precision, name=changes["precision"])
+    return replace(bundle, manifest=structs.replace(bundle.manifest, **changes))
 
 
 def tensor_profiles(bundle: Bundle, kind: str, ranges: Sequence[Profile]) -> list[dict[str, list[list[int]]]]:
@@ -53,9 +64,8 @@ def add_fake_engines(
         path.parent.mkdir(parents=True, exist_ok=True)
         shapes = tensor_profiles(bundle, kind, ranges[kind])
         path.write_bytes(fake_engine_bytes(folder / files.model.file, shapes, flavour, version))
-        data = files.data.sha256 if files.data else None
         stored = StoredFile.of(folder, relative)
-        graphs[kind] = EngineGraph(stored, files.model.sha256, data, tuple(ranges[kind]), 0.1, {"fp32": 1})
+        graphs[kind] = EngineGraph(stored, *files.checksums, tuple(ranges[kind]), 0.1, {"fp32": 1})
     names = tuple(plan if isinstance(plan, str) else plan.settings.name for plan in plans)
     gpu = "Fake H100" if flavour == "tensorrt" else None
     engines = EngineSet(

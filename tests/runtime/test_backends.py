@@ -13,12 +13,13 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import Result
+from fakes.bundles import changed
 from golden import relative_error
 
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.onnxruntime.bound import ALIGNMENT, _Packed
 from gtr_deploy.runtime.backends.registry import BackendOptions, choose_backend, open_backend, resolve_backend
-from gtr_deploy.runtime.bundle.engine_sets import EngineGraph, EngineSet
+from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError, GtrError, UsageError
 from gtr_deploy.runtime.machine.examine import Gpu, Machine, examine_machine
@@ -145,10 +146,7 @@ class TestCudaProvider:
 
 def _engines(bundle: Bundle, flavour: str, version: str) -> EngineSet:
     """A set that fits GPU, with the files of the graphs in place of engines, which are not opened here."""
-    graphs = {
-        kind: EngineGraph(files.model, files.model.sha256, files.data and files.data.sha256, (), 1.0, None)
-        for kind, files in bundle.graphs.items()
-    }
+    graphs = {kind: EngineGraph(files.model, *files.checksums, (), 1.0, None) for kind, files in bundle.graphs.items()}
     plans = ("gtr",)
     return EngineSet(flavour, version, ("8.9",), None, "linux-x86_64", False, plans, 8, "fp32", 3, graphs)
 
@@ -191,7 +189,7 @@ class TestChoice:
             versions={name: version for name, version in versions.items() if name in installed},
             openvino_capabilities=capabilities,
         )
-        name, why = choose_backend(replace(bundle, precision=precision), machine)
+        name, why = choose_backend(changed(bundle, precision=precision), machine)
         assert name == chosen
         assert why.endswith(words)
         assert "\n" not in why
@@ -202,11 +200,11 @@ class TestChoice:
 
     def test_cuda_comes_before_openvino(self, bundle: Bundle) -> None:
         machine = replace(WITH_CUDA, versions={"onnxruntime": "1.31.1", "openvino": "2026.4.1"})
-        assert choose_backend(replace(bundle, precision="bf16"), machine)[0] == "onnxruntime"
+        assert choose_backend(changed(bundle, precision="bf16"), machine)[0] == "onnxruntime"
 
     def test_engines_that_fit_come_first(self, bundle: Bundle) -> None:
         rtx, full = _engines(bundle, "tensorrt-rtx", "1.7.0"), _engines(bundle, "tensorrt", "11.4.0")
-        both = replace(bundle, engine_sets=(rtx, full))
+        both = changed(bundle, engines=(rtx, full))
         machine = replace(WITH_CUDA, versions={"tensorrt": "11.4.0", "tensorrt-rtx": "1.7.0"})
         assert choose_backend(both, machine) == ("tensorrt", f"the bundle's engines {full.key} run here")
         machine = replace(WITH_CUDA, versions={"tensorrt": "10.16.0", "tensorrt-rtx": "1.7.0"})
@@ -249,7 +247,7 @@ class TestChoice:
 
     def test_fp8_on_openvino(self, bundle: Bundle) -> None:
         with pytest.raises(BackendError, match=r"rounds to fp8 twice.* --backend onnxruntime --provider cpu$"):
-            open_backend(replace(bundle, precision="fp8"), BackendOptions("openvino"))
+            open_backend(changed(bundle, precision="fp8"), BackendOptions("openvino"))
 
     def test_torch_through_its_entry_point(
         self, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
+from gtr_deploy.runtime.bundle.manifest import StoredFile
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BundleError
 from gtr_deploy.runtime.models.architecture import ARCHITECTURES
 from gtr_deploy.runtime.models.graphs import NETWORKS, ROW_GRAPHS
@@ -20,6 +23,11 @@ def _edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
+
+
+def _decoder(*place: str | int, **values: Any) -> Callable[[dict[str, Any]], Any]:
+    """Changes the decoder's entry, or what lies at ``place`` in it."""
+    return lambda manifest: reduce(getitem, place, manifest["graphs"]["decoder"]).update(values)
 
 
 def _refused(bundle: Path) -> str:
@@ -47,31 +55,72 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         (lambda m: m.update(format="zip"), "not the manifest of a gtr-deploy bundle"),
-        (lambda m: m.update(schema=2), "schema 2, this version reads schema 1"),
-        (lambda m: m.pop("schema"), "schema None"),
-        (lambda m: m.update(extra=1), "missing or unknown fields: extra"),
-        (lambda m: m.pop("tools"), "missing or unknown fields: tools"),
-        (lambda m: m.update(graphs=[]), "graphs is not a dict"),
-        (lambda m: m.update(max_batch=True), "max_batch is not a int"),
-        (lambda m: m.update(max_batch=0), "max_batch 0 is not at least 1"),
-        (lambda m: m["precision"].update(name="int4"), "precision 'int4' is not one of"),
+        (
+            lambda m: m.update(schema=1),
+            "schema 1, this version reads schema 2; rebuild the bundle with gtr-export",
+        ),
+        (lambda m: m.update(schema=2.0), "schema: Expected `int`, got `float`, found 2.0"),
+        (lambda m: m.pop("schema"), "schema null"),
+        (lambda m: m.update(extra=1), "manifest: Object contains unknown field `extra`"),
+        (lambda m: m.update({"a\nb": 1}), "unknown field `a?b`"),
+        (lambda m: m.update({"x - at `$.graphs[...].y": 1}), "unknown field"),
+        (lambda m: m.pop("tools"), "manifest: Object missing required field `tools`"),
+        (lambda m: m.update(graphs=[]), "graphs: Expected `object`, got `array`, found []"),
+        (lambda m: m.update(max_batch=True), "max_batch: Expected `int`, got `bool`, found true"),
+        (lambda m: m.update(max_batch=0), "max_batch: Expected `int` >= 1, found 0"),
+        (lambda m: m.update(max_batch=4097), "max_batch: Expected `int` <= 4096, found 4097"),
+        (lambda m: m["precision"].update(name="int4"), 'precision: precision "int4" is not one of fp32, '),
+        (lambda m: m["plan_defaults"].update(cfg=[1]), "plan_defaults.cfg: Expected `int | float | str`, got `array`"),
+        (lambda m: m["source"].pop("calibration"), "source: Object missing required field `calibration`, found ["),
+        (
+            lambda m: m["source"]["checkpoint"].update(sha256="A" * 64),
+            "source.checkpoint.sha256: Expected `str` matching",
+        ),
         (lambda m: m["model"].update(width=-1), "width = -1 is not valid"),
         (lambda m: m["model"].update(label_names="cats"), "label_names 'cats'"),
         (lambda m: m["graphs"].pop("decoder"), "graphs are"),
-        (lambda m: m["graphs"]["decoder"].update(extra=1), "must have exactly opset"),
-        (lambda m: m["graphs"]["decoder"].update(opset="20"), "opset '20' is not a whole number"),
-        (lambda m: m["graphs"]["decoder"]["inputs"][0].update(dtype="float16"), "other inputs or outputs"),
-        (lambda m: m["model"].update(width=256), "other inputs or outputs"),
-        (lambda m: m["graphs"]["decoder"]["model"].pop("bytes"), "exactly file, bytes and sha256"),
-        (lambda m: m["graphs"]["decoder"]["model"].update(bytes=-1), "file or bytes is not valid"),
-        (lambda m: m["graphs"]["decoder"]["model"].update(bytes=True), "file or bytes is not valid"),
-        (lambda m: m["graphs"]["decoder"]["model"].update(sha256="zz"), "is not 64 hexadecimal digits"),
-        (lambda m: m["graphs"]["decoder"]["model"].update(sha256="0" * 64), "the manifest says 000000000000"),
-        (lambda m: m["graphs"]["decoder"]["model"].update(bytes=5), "the manifest says 5"),
-        (lambda m: m["graphs"]["decoder"]["model"].update(file="../../etc/passwd"), "is not a path inside"),
-        (lambda m: m["graphs"]["decoder"]["model"].update(file="/etc/passwd"), "is not a path inside"),
-        (lambda m: m["graphs"]["decoder"]["model"].update(file="graphs/none.onnx"), "is missing from the bundle"),
-        (lambda m: m["graphs"]["decoder"].update(data=3), "exactly file, bytes and sha256"),
+        (_decoder(extra=1), "graphs.decoder: Object contains unknown field `extra`"),
+        (
+            lambda m: m["graphs"]["decoder"].update(opset="20"),
+            'graphs.decoder.opset: Expected `int`, got `str`, found "20"',
+        ),
+        (
+            lambda m: m["graphs"]["decoder"]["inputs"][0].update(dtype="float16"),
+            "float16 latents[B,64,16] -> uint8 image[",
+        ),
+        (
+            lambda m: m["graphs"]["decoder"]["inputs"][0].update(more=1),
+            "decoder.inputs[0]: Object contains unknown field",
+        ),
+        (lambda m: m["model"].update(width=256), "graphs.backbone has other inputs or outputs"),
+        (
+            lambda m: m["graphs"]["decoder"]["model"].pop("bytes"),
+            "decoder.model: Object missing required field `bytes`",
+        ),
+        (_decoder("model", bytes=-1), "graphs.decoder.model.bytes: Expected `int` >= 0"),
+        (
+            lambda m: m["graphs"]["decoder"]["model"].update(bytes=True),
+            "decoder.model.bytes: Expected `int`, got `bool`",
+        ),
+        (
+            lambda m: m["graphs"]["decoder"]["model"].update(sha256="zz"),
+            "decoder.model.sha256: Expected `str` matching",
+        ),
+        (_decoder("model", sha256="0" * 64 + "\n"), "decoder.model.sha256: Expected"),
+        (_decoder("model", sha256="0" * 64), "the manifest says 000000000000"),
+        (_decoder("model", bytes=5), "the manifest says 5"),
+        (_decoder("model", file="../../etc/passwd"), "is not a path inside"),
+        (_decoder("model", file="/etc/passwd"), "is not a path inside"),
+        (_decoder("model", file="graphs/none.onnx"), "is missing from the bundle"),
+        (
+            lambda m: m["graphs"]["decoder"].update(data=3),
+            "graphs.decoder.data: Expected `object | null`, got `int`, found 3",
+        ),
+        (
+            lambda m: (m["graphs"]["decoder"].update(opset=0), m["tools"].update(x="\ud800")),
+            "opset: Expected `int` >= ",
+        ),
+        (lambda m: m["reports"].update(parity="x"), 'reports.parity: Expected `object`, got `str`, found "x"'),
     ],
 )
 def test_a_changed_manifest_is_refused(own_bundle: Path, change: Callable[[dict[str, Any]], Any], reason: str) -> None:
@@ -79,7 +128,18 @@ def test_a_changed_manifest_is_refused(own_bundle: Path, change: Callable[[dict[
     assert reason in _refused(own_bundle)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", '"x"', "{"])
+def test_a_key_that_stands_twice(own_bundle: Path) -> None:
+    path = own_bundle / "manifest.json"
+    path.write_text(path.read_text().replace('"max_batch"', '"max_batch": 9999, "max_batch"', 1))
+    assert "a key stands twice" in _refused(own_bundle)
+
+
+def test_what_is_no_json_number(own_bundle: Path) -> None:
+    _edit(own_bundle, lambda m: m["plan_defaults"].update(cfg=float("nan")))
+    assert "manifest.json cannot be read: JSON is malformed" in _refused(own_bundle)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '"x"', "{", '{"a":' * 100_000])
 def test_a_manifest_that_is_no_manifest(own_bundle: Path, content: str) -> None:
     (own_bundle / "manifest.json").write_text(content)
     assert "manifest" in _refused(own_bundle)
@@ -122,5 +182,4 @@ def test_reports_are_listed_and_checked(own_bundle: Path) -> None:
 def test_stored_file_describes_itself(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     stored = StoredFile.of(tmp_path, "x")
-    assert StoredFile.from_json(stored.to_json(), "here") == stored
     assert stored.check(tmp_path) == tmp_path / "x"

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from fakes.bundles import changed
+from msgspec import structs
 
-from gtr_deploy.runtime.bundle.engine_sets import EngineGraph, EngineSet
-from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
+from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet, StoredFile, WeightsFile
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands import doctor as doctor_module
 from gtr_deploy.runtime.commands.console import CommandGroup
 from gtr_deploy.runtime.commands.doctor import can_run, diagnose, doctor
@@ -48,10 +50,7 @@ def _lacking(*libraries: str) -> Machine:
 def _with_engines(bundle: Bundle, **changes: object) -> Bundle:
     """``bundle`` with one more engine set, built on an L4; its engine files exist."""
     file = StoredFile.of(bundle.folder, "manifest.json")
-    graphs = {
-        kind: EngineGraph(file, files.model.sha256, files.data.sha256 if files.data else None, ({},), 1.0, None)
-        for kind, files in bundle.graphs.items()
-    }
+    graphs = {kind: EngineGraph(file, *files.checksums, ({},), 1.0, None) for kind, files in bundle.graphs.items()}
     engines = EngineSet(
         flavour="tensorrt-rtx",
         version="1.7.1.116",
@@ -65,7 +64,7 @@ def _with_engines(bundle: Bundle, **changes: object) -> Bundle:
         optimization_level=3,
         graphs=graphs,
     )
-    return replace(bundle, engine_sets=(*bundle.engine_sets, replace(engines, **changes)))  # type: ignore[arg-type]
+    return changed(bundle, engines=(*bundle.engine_sets, structs.replace(engines, **changes)))  # type: ignore[arg-type]
 
 
 def _statuses(machine: Machine, bundle: Bundle | None = None) -> Mapping[str, tuple[str, str]]:
@@ -273,20 +272,21 @@ class TestDiagnosis:
         with_engines = _with_engines(bundle)
         engines = with_engines.engine_sets[0]
         lost = {
-            kind: replace(graph, engine=StoredFile("no.plan", 1, "0" * 64)) for kind, graph in engines.graphs.items()
+            kind: structs.replace(graph, engine=StoredFile("no.plan", 1, "0" * 64))
+            for kind, graph in engines.graphs.items()
         }
         status, detail = _statuses(EVERYTHING, _with_engines(bundle, graphs=lost))["backend tensorrt-rtx"]
         assert status == "missing"
         assert "no.plan is missing" in detail
 
     def test_bf16_needs_more_than_the_cpu_provider(self, bundle: Bundle) -> None:
-        found = _statuses(EVERYTHING, replace(bundle, precision="bf16"))
+        found = _statuses(EVERYTHING, changed(bundle, precision="bf16"))
         assert "no bfloat16" in found["backend onnxruntime cpu"][1]
         assert "--precision fp16" in found["backend onnxruntime cpu"][1]
         assert found["backend onnxruntime cuda"][0] == "ok"
 
     def test_bf16_on_openvino(self, bundle: Bundle) -> None:
-        found = _statuses(EVERYTHING, replace(bundle, precision="bf16"))
+        found = _statuses(EVERYTHING, changed(bundle, precision="bf16"))
         status, detail = found["backend openvino"]
         assert (status, detail.endswith("bf16 bundles in float32, since this CPU has no bfloat16")) == ("ok", True)
         able = replace(EVERYTHING, openvino_capabilities=("FP32", "BF16", "INT8"))
@@ -294,23 +294,19 @@ class TestDiagnosis:
         assert "gtr-deploy[openvino]" in found["backend onnxruntime cpu"][1]
 
     def test_fp8_is_not_for_openvino(self, bundle: Bundle) -> None:
-        status, detail = _statuses(EVERYTHING, replace(bundle, precision="fp8"))["backend openvino"]
+        status, detail = _statuses(EVERYTHING, changed(bundle, precision="fp8"))["backend openvino"]
         assert (status, "rounds to fp8 twice" in detail) == ("missing", True)
 
     def test_torch_needs_the_checkpoint(self, bundle: Bundle) -> None:
-        lost = {"checkpoint": {"path": "/no/such.pth", "sha256": ""}, "vae": None, "random_weights": None}
-        other = replace(
-            bundle,
-            architecture=replace(bundle.architecture, name="mar-b"),
-            manifest={**bundle.manifest, "source": lost},
-        )
+        other = replace(bundle, architecture=replace(bundle.architecture, name="mar-b"))
+        lost = structs.replace(bundle.manifest.source, checkpoint=WeightsFile("/no/such.pth", "0" * 64))
+        random = structs.replace(lost, checkpoint=None)
         assert _statuses(EVERYTHING, bundle)["backend torch"][0] == "ok"
-        assert "/no/such.pth" in _statuses(EVERYTHING, other)["backend torch"][1]
-        lost["checkpoint"] = None
-        assert _statuses(EVERYTHING, other)["backend torch"][0] == "ok"
+        assert "/no/such.pth" in _statuses(EVERYTHING, changed(other, source=lost))["backend torch"][1]
+        assert _statuses(EVERYTHING, changed(other, source=random))["backend torch"][0] == "ok"
 
     def test_torch_does_not_run_quantised_graphs(self, bundle: Bundle) -> None:
-        found = _statuses(EVERYTHING, replace(bundle, precision="int8"))["backend torch"]
+        found = _statuses(EVERYTHING, changed(bundle, precision="int8"))["backend torch"]
         assert found == ("missing", "the torch backend has no precision int8")
 
     def test_other_entry_points_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from fakes.bundles import add_fake_engines, fake_host
 from fakes.machine import FakeMachine
+from msgspec import structs
 
-from gtr_deploy.runtime.bundle.engine_sets import choose_engines, engine_key, refusal
+from gtr_deploy.runtime.bundle.engine_sets import choose_engines, refusal
+from gtr_deploy.runtime.bundle.manifest import engine_key
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError, BundleError
 from gtr_deploy.runtime.machine.examine import Gpu, Machine
@@ -67,20 +69,20 @@ def test_every_refusal_names_both_sides_and_the_command(
 
 def test_engines_of_another_graph_or_precision_are_refused(bundle: Bundle, host: Machine) -> None:
     engines = bundle.engine_sets[0]
-    backbone = replace(engines.graphs["backbone"], onnx="0" * 64)
-    changed = replace(engines, graphs={**engines.graphs, "backbone": backbone})
+    backbone = structs.replace(engines.graphs["backbone"], onnx="0" * 64)
+    changed = structs.replace(engines, graphs={**engines.graphs, "backbone": backbone})
     reason = refusal(changed, bundle, host)
     assert reason is not None
     assert "backbone engine was built from a graph with sha256 000000000000…" in reason
     assert bundle.graphs["backbone"].model.sha256[:12] in reason
-    reason = refusal(replace(engines, precision="fp16"), bundle, host)
+    reason = refusal(structs.replace(engines, precision="fp16"), bundle, host)
     assert reason is not None
     assert "fp16" in reason
     assert "fp32" in reason
 
 
 def test_hardware_compatible_engines_need_ampere_and_nothing_more(bundle: Bundle, host: Machine) -> None:
-    anywhere = replace(bundle.engine_sets[0], hardware_compatible=True, gpu=None)
+    anywhere = structs.replace(bundle.engine_sets[0], hardware_compatible=True, gpu=None)
     assert refusal(anywhere, bundle, other_gpu("NVIDIA L4", "8.9")(host)) is None
     reason = refusal(anywhere, bundle, other_gpu("Tesla T4", "7.5")(host))
     assert reason is not None
@@ -89,7 +91,7 @@ def test_hardware_compatible_engines_need_ampere_and_nothing_more(bundle: Bundle
 
 
 def test_ahead_of_time_engines_fit_every_gpu_of_a_listed_capability(bundle: Bundle, host: Machine) -> None:
-    ahead = replace(
+    ahead = structs.replace(
         bundle.engine_sets[0],
         flavour="tensorrt-rtx",
         version="1.7.1.116",
@@ -113,7 +115,7 @@ def test_the_newest_engines_that_fit_win(own_bundle: Path, host: Machine) -> Non
     add_fake_engines(own_bundle)
     bundle = add_fake_engines(own_bundle, plans=("gtr-fast",), max_batch=2)
     assert len(bundle.engine_sets) == 1
-    older = replace(bundle.engine_sets[0], version="10.0.0")
+    older = structs.replace(bundle.engine_sets[0], version="10.0.0")
     bundle = bundle.with_engines(older)
     assert len(bundle.engine_sets) == 2
     assert choose_engines(bundle, host, "tensorrt").version == "11.4.0"
@@ -127,19 +129,27 @@ def test_keys() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["flavour"], "openvino", "flavour 'openvino' is not one of"),
-        (["version"], 11, "version is 11"),
-        (["max_batch"], True, "max_batch is True"),
-        (["plans"], ["gtr", 3], "plans is not a list of texts"),
-        (["graphs", "backbone"], None, "graphs.backbone must have exactly"),
-        (["graphs", "decoder", "profiles"], [], "at least one profile"),
-        (["graphs", "decoder", "profiles"], [{"B": [3, 2, 1]}], "is not smallest, best, largest"),
-        (["graphs", "decoder", "profiles"], [[1]], "not a list of tables"),
-        (["graphs", "decoder", "layers"], {"fp16": "many"}, "not a table of whole numbers"),
-        (["graphs", "decoder", "seconds"], "1", "seconds is not a number"),
-        (["graphs", "decoder", "onnx"], None, "onnx is not a checksum"),
+        (["flavour"], "openvino", r'engines\[0\]: flavour "openvino" is not one of tensorrt, '),
+        (["precision"], "int4", r'precision "int4" is not one of fp32, '),
+        (["version"], 11, r"engines\[0\].version: Expected `str`, got `int`, found 11"),
+        (["max_batch"], True, r"engines\[0\].max_batch: Expected `int`, got `bool`, found true"),
+        (["max_batch"], 0, "max_batch: Expected `int` >= 1, found 0"),
+        (["plans"], ["gtr", 3], r"engines\[0\].plans\[1\]: Expected `str`, got `int`, found 3"),
+        (["graphs", "backbone"], None, "graphs.backbone: Expected `object`, got `null`"),
+        (["graphs", "extra"], {}, "graphs.extra: Object missing required field `engine`"),
+        (["graphs", "decoder", "profiles"], [], "decoder.profiles: Expected `array` of length >= 1, found "),
+        (
+            ["graphs", "decoder", "profiles"],
+            [{"B": [3, 2, 1]}],
+            r"decoder: .*B.* \[3, 2, 1\] is not smallest, ",
+        ),
+        (["graphs", "decoder", "profiles"], [{"B": [1, 2]}], r"decoder.profiles\[0\].B: .*length 3, .*found \[1, 2\]"),
+        (["graphs", "decoder", "profiles"], [[1]], r"decoder.profiles\[0\]: Expected `object`, got `array`"),
+        (["graphs", "decoder", "layers"], {"fp16": "many"}, 'layers.fp16: Expected `int`, got `str`, found "many"'),
+        (["graphs", "decoder", "seconds"], "1", "seconds: Expected `float`, got `str`"),
+        (["graphs", "decoder", "onnx"], None, "decoder.onnx: Expected `str`, got `null`"),
         (["graphs", "decoder", "engine", "file"], "../../etc/passwd", "not a path inside the bundle"),
-        (["surprise"], 1, "must have exactly"),
+        (["surprise"], 1, r"engines\[0\]: Object contains unknown field `surprise`"),
     ],
     ids=str,
 )

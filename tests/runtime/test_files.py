@@ -6,12 +6,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from gtr_deploy.runtime.errors import BundleError
-from gtr_deploy.runtime.files import atomic_path, inside, read_json, sha256, write_json
+from gtr_deploy.runtime.files import atomic_path, inside, link_or_copy, read_json, sha256, write_json
 
 
 def test_atomic_path_replaces_only_on_success(tmp_path: Path) -> None:
@@ -97,3 +100,19 @@ def test_whatever_is_accepted_stays_inside(tmp_path_factory: pytest.TempPathFact
 def test_json_is_plain_text(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"k": 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"k": 1}
+
+
+def test_weights_are_copied_since_onnx_refuses_them_with_two_links(tmp_path: Path) -> None:
+    weights = numpy_helper.from_array(np.ones((8, 8), np.float32), "w")
+    tensors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 8]) for name in "xy"]
+    product = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    model = onnx.helper.make_model(onnx.helper.make_graph([product], "g", tensors[:1], tensors[1:], [weights]))
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "m.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+    for name in ("m.onnx", "m.onnx.data"):
+        for _ in range(2):  # the second time in place of what is there
+            link_or_copy(tmp_path / "a" / name, tmp_path / "b" / name)
+    for folder in ("a", "b"):
+        (read,) = onnx.load(tmp_path / folder / "m.onnx").graph.initializer
+        assert np.array_equal(numpy_helper.to_array(read), np.ones((8, 8)))

@@ -7,14 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import Result
+from fakes.bundles import changed
 from golden import load_case, load_weights, relative_error
+from msgspec import structs
 
 from gtr_deploy.calibration.layers import DEFAULT_KEEP, quantisable, read_graph
 from gtr_deploy.calibration.quantize import quantise_graph
@@ -26,7 +27,8 @@ from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.openvino.backend import OpenVinoBackend
 from gtr_deploy.runtime.backends.openvino.library import OLDEST, reason
 from gtr_deploy.runtime.backends.registry import BackendOptions, open_backend
-from gtr_deploy.runtime.bundle.reader import Bundle, StoredFile
+from gtr_deploy.runtime.bundle.manifest import GraphFiles
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine.openvino import import_openvino
 from gtr_deploy.runtime.models.families import graph_specs
@@ -190,8 +192,8 @@ class TestOpening:
     def test_a_quantised_bundle_gives_its_graphs_for_cpus(self, own_bundle: Path, int8_graphs: dict[str, Path]) -> None:
         (own_bundle / "graphs" / "cpu.onnx").write_bytes(int8_graphs["diffusion_step"].read_bytes())
         bundle = Bundle.load(own_bundle)
-        step = replace(bundle.graphs["diffusion_step"], cpu=(StoredFile.of(own_bundle, "graphs/cpu.onnx"), None))
-        quantised = replace(bundle, graphs={**bundle.graphs, "diffusion_step": step})
+        step = structs.replace(bundle.graphs["diffusion_step"], cpu=GraphFiles.of(own_bundle, "graphs/cpu.onnx"))
+        quantised = changed(bundle, graphs={**bundle.graphs, "diffusion_step": step})
         spec = graph_specs(bundle.architecture)["diffusion_step"]
         inputs = graph_inputs(spec, bundle.architecture, spec.usual)
         opened: Any = open_backend(quantised, BackendOptions("openvino", threads=1))

@@ -1,0 +1,335 @@
+"""The manifest: what a bundle says about itself, as typed structures that msgspec reads strictly.
+
+Everything unknown, missing, of another type or out of range is refused with one line that names the file, the field,
+what was expected and what was found. Opens no other file than manifest.json; does not know which graphs a model has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from ..errors import BundleError
+from ..files import atomic_path, inside, read_json, sha256
+from ..models.graphs import PRECISIONS, TensorSpec
+from ..sampling.shapes import Profile
+
+FORMAT = "gtr-deploy bundle"
+SCHEMA = 2
+MANIFEST = "manifest.json"
+
+FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+"""Engine libraries and how people write them; in the order in which a runtime prefers them."""
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Positive = Annotated[int, Meta(ge=1)]
+Batch = Annotated[int, Meta(ge=1, le=4096)]
+
+
+class StoredFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the bundle: path relative to it, size in bytes, SHA-256."""
+
+    file: str
+    bytes: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
+
+    @classmethod
+    def of(cls, folder: Path, file: str) -> StoredFile:
+        """Describes a file that exists."""
+        path = folder / file
+        return cls(file, path.stat().st_size, sha256(path))
+
+    def check(self, folder: Path, checksums: bool = True) -> Path:
+        """The absolute path of the file, once it is what the manifest says.
+
+        Raises:
+            BundleError: missing, outside the bundle, of another size or checksum.
+        """
+        path = inside(folder, self.file)
+        if not path.is_file():
+            raise BundleError(f"{path} is missing from the bundle; copy the bundle again or run gtr-export build")
+        size = path.stat().st_size
+        if size != self.bytes:
+            raise BundleError(f"{path} has {size} bytes, the manifest says {self.bytes}; copy the bundle again")
+        if checksums and (found := sha256(path)) != self.sha256:
+            raise BundleError(
+                f"{path} has sha256 {found[:12]}…, the manifest says {self.sha256[:12]}…; copy the bundle again"
+            )
+        return path
+
+
+class GraphFiles(Struct, frozen=True, forbid_unknown_fields=True):
+    """One graph: the model file and, where the weights are large, its one data file."""
+
+    model: StoredFile
+    data: StoredFile | None
+
+    @classmethod
+    def of(cls, folder: Path, model: str) -> GraphFiles:
+        """Describes a graph that exists in ``folder``; ``model`` is relative to it."""
+        data = data_file(Path(model)).as_posix()
+        return cls(StoredFile.of(folder, model), StoredFile.of(folder, data) if (folder / data).is_file() else None)
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """The model file, then the data file where there is one."""
+        return (self.model, self.data) if self.data else (self.model,)
+
+    @property
+    def bytes(self) -> int:
+        """Size of both files."""
+        return sum(stored.bytes for stored in self.files)
+
+    @property
+    def checksums(self) -> tuple[str, str | None]:
+        """SHA-256 of the model file, and of the data file or None: what an engine of it records."""
+        return self.model.sha256, self.data.sha256 if self.data else None
+
+
+class GraphEntry(GraphFiles, frozen=True, forbid_unknown_fields=True):
+    """A graph in the manifest.
+
+    Attributes:
+        cpu: files of the flavour that ONNX Runtime runs on CPUs, where an int8 bundle has one.
+        inputs, outputs: the contract that it was exported with.
+    """
+
+    opset: Positive
+    cpu: GraphFiles | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class EngineGraph(Struct, frozen=True, forbid_unknown_fields=True):
+    """The engine of one graph.
+
+    Attributes:
+        engine: the serialized engine.
+        onnx, data: SHA-256 of the ONNX file, and of its data file or None, that it was built from.
+        profiles: axis letter to (smallest, best, largest), per optimization profile.
+        seconds: what the build took.
+        layers: layers per precision, from the engine inspector; None where the library cannot inspect without a GPU.
+    """
+
+    engine: StoredFile
+    onnx: Sha256
+    data: Sha256 | None
+    profiles: Annotated[tuple[Profile, ...], Meta(min_length=1)]
+    seconds: float
+    layers: Mapping[str, int] | None
+
+    def __post_init__(self) -> None:
+        for profile in self.profiles:
+            for letter, sizes in profile.items():
+                if not 0 <= sizes[0] <= sizes[1] <= sizes[2]:
+                    raise ValueError(f"profile {letter!r} {list(sizes)} is not smallest, best, largest")
+
+
+class EngineSet(Struct, frozen=True, forbid_unknown_fields=True):
+    """Engines of all graphs of a bundle, built together.
+
+    Attributes:
+        flavour: a key of ``FLAVOURS``.
+        version: of the library, in full.
+        compute_capabilities: such as ``("8.9", "12.0")``; what the engines may run on.
+        gpu: the GPU model that they were built on; None for engines built ahead of time, which fit any GPU of a
+            listed compute capability.
+        system: such as ``linux-x86_64``.
+        hardware_compatible: also runs on GPUs of compute capability 8.0 and later.
+        plans: the plans whose shapes the profiles cover.
+        max_batch: largest batch that the profiles cover.
+        precision: the bundle's at that time.
+        optimization_level: of the builder.
+        graphs: by kind.
+    """
+
+    flavour: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None
+    system: str
+    hardware_compatible: bool
+    plans: tuple[str, ...]
+    max_batch: Batch
+    precision: str
+    optimization_level: int
+    graphs: Mapping[str, EngineGraph]
+
+    def __post_init__(self) -> None:
+        _one_of("flavour", self.flavour, FLAVOURS)
+        _one_of("precision", self.precision, PRECISIONS)
+
+    @property
+    def key(self) -> str:
+        """Folder under ``engines/``: flavour, version, compute capabilities."""
+        return engine_key(self.flavour, self.version, self.compute_capabilities)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all engines."""
+        return sum(graph.engine.bytes for graph in self.graphs.values())
+
+
+class Precision(Struct, frozen=True, forbid_unknown_fields=True):
+    """``name`` is one of ``graphs.PRECISIONS``; the rest says in words what runs in it and what does not."""
+
+    name: str
+    networks: str
+    float32: tuple[str, ...]
+    float16: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.name, PRECISIONS)
+
+
+class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """A checkpoint: where it lay, and what tells it from another."""
+
+    path: str
+    sha256: Sha256
+
+
+class Source(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a bundle was made from.
+
+    Attributes:
+        checkpoint, vae: None for random weights, or where the model has no VAE.
+        random_weights: the seed of random weights.
+        stages: graph kind to the hash of what it depends on.
+        calibration: the same of the calibration of an int8 or fp8 bundle.
+    """
+
+    checkpoint: WeightsFile | None
+    vae: WeightsFile | None
+    random_weights: int | None
+    stages: Mapping[str, str]
+    calibration: str | None
+
+    @property
+    def weights(self) -> tuple[str | int | None, ...]:
+        """What tells one set of weights from another, wherever their files lie."""
+        return (self.random_weights, *(file and file.sha256 for file in (self.checkpoint, self.vae)))
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """All of manifest.json; docs/bundle.md says what each field is for.
+
+    Attributes:
+        model, conditioning: sizes, and what one image may be asked to be, as the model's family writes them
+            (``families.decode_model``).
+        plan_defaults: settings that plans on this model start from.
+        max_batch: the largest batch promised.
+        tools: versions that built it.
+        reports: by name.
+    """
+
+    format: str
+    schema: int
+    model: Raw
+    conditioning: Raw
+    precision: Precision
+    graphs: Mapping[str, GraphEntry]
+    engines: tuple[EngineSet, ...]
+    plan_defaults: Mapping[str, int | float | str]
+    max_batch: Batch
+    source: Source
+    tools: Mapping[str, str]
+    reports: Mapping[str, StoredFile]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads ``folder / MANIFEST``.
+
+    Raises:
+        BundleError: it is not there, or not what this version understands; the line says what differs.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is not a folder; gtr-export build makes a bundle")
+        raise BundleError(f"{folder} has no {MANIFEST}: not a bundle, or a build that did not finish")
+    document = read_json(path)  # refuses what msgspec lets through: a key that stands twice
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise BundleError(f"{path} is not the manifest of a {FORMAT}")
+    if document.get("schema") != SCHEMA:
+        raise BundleError(
+            f"{path} has schema {shortened(document.get('schema'))}, this version reads schema {SCHEMA}; "
+            "rebuild the bundle with gtr-export build, or install the matching gtr-deploy"
+        )
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{path}: {_explained(document, error)}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes ``folder / MANIFEST``, atomically."""
+    with atomic_path(folder / MANIFEST) as temporary:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+
+
+def data_file(model: Path) -> Path:
+    """Where a graph's weights lie if they are not in the model file itself."""
+    return model.with_name(model.name + ".data")
+
+
+def graph_bytes(model: Path) -> int:
+    """Size of a graph, weights in a data file included."""
+    data = data_file(model)
+    return model.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+
+
+def engine_key(flavour: str, version: str, compute_capabilities: tuple[str, ...]) -> str:
+    """``tensorrt-rtx-1.7.1.116-sm89-sm120``; ``any`` for an empty list."""
+    parts = [f"sm{capability.replace('.', '')}" for capability in compute_capabilities] or ["any"]
+    return "-".join([flavour, version, *parts])
+
+
+def shortened(value: Any) -> str:
+    """A JSON value on one short line; of an object its keys."""
+    text = json.dumps(list(value) if isinstance(value, dict) else value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _one_of(name: str, value: str, choices: Mapping[str, Any] | tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {shortened(value)} is not one of {', '.join(choices)}")
+
+
+def _explained(document: Any, error: msgspec.ValidationError) -> str:
+    """The error with the field's full name and the value that was found there. Spoils ``document``."""
+    text, _, place = str(error).rpartition(" - at `$") if " - at `$" in str(error) else (str(error), "", "")
+    value, where = document, ""
+    with contextlib.suppress(LookupError, TypeError, AttributeError):  # a field's name may look like a place
+        for name, index in re.findall(r"\.(\w+)|\[(\d+|\.{3})\]", place):
+            key: Any = name or index
+            if index == "...":
+                # msgspec names no keys: it is the one whose entry is refused in the same way when it stands alone.
+                for key, entry in list(value.items()):
+                    value.clear()
+                    value[key] = entry
+                    if _refused(document, str(error)):
+                        break
+            elif index:
+                key = int(index)
+            value = value[key]
+            where += f"[{key}]" if isinstance(key, int) else f"{'.' * bool(where)}{key}"
+    line = f"{where or 'manifest'}: {text}, found {shortened(value)}"
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def _refused(document: Any, message: str) -> bool:
+    try:
+        msgspec.json.decode(json.dumps(document), type=Manifest)
+    except msgspec.DecodeError as error:
+        return str(error) == message
+    return False

@@ -1,0 +1,1 @@
+../../gtr_deploy/__init__.py
