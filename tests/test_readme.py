@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -55,6 +56,15 @@ def test_links_and_named_files_lead_somewhere(page: Path) -> None:
 def test_named_make_targets_exist(command: str) -> None:
     target = command.removeprefix("make ")
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_named_extras_exist() -> None:
+    known = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    )
+    for page in PAGES:
+        for extras in re.findall(r"(?:'|`)(?:\.|gtr-deploy)\[([\w,-]+)\]", page.read_text(encoding="utf-8")):
+            assert set(extras.split(",")) <= known, f"{page.name}: {extras}"
 
 
 def test_every_page_is_in_the_index() -> None:
