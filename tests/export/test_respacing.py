@@ -10,9 +10,10 @@ import pytest
 from click.testing import Result
 from golden import WEIGHT_SETS, load_case, torch_backend
 
+from gtr_deploy.export.verify import respacing
 from gtr_deploy.export.verify import verify as verify_module
 from gtr_deploy.export.verify.respacing import LIMIT, Respacing, measure_respacing
-from gtr_deploy.export.verify.verify import Report, respacing
+from gtr_deploy.export.verify.verify import Report
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.pipeline import Pipeline
