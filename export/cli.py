@@ -245,7 +245,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     ):
         click.echo(f"{label:10} {text}")
     rows = [
-        [kind, str(entry.opset), f"{entry.bytes / 2**20:.1f}", signature(entry.inputs, entry.outputs)]
+        [kind, str(entry.opset), f"{entry.bytes / 2**20:.1f}", signature(entry.inputs, entry.outputs, dtypes=False)]
         for kind, entry in opened.graphs.items()
     ]
     print_table(["graph", "opset", "MiB", "inputs -> outputs"], rows)

@@ -50,12 +50,6 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
         """The axes with letters replaced by ``sizes``."""
         return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.axes)
 
-    @property
-    def text(self) -> str:
-        """``z[G,B,P,768]``, with the dtype in front where it is not float32."""
-        dtype = "" if self.dtype == "float32" else f"{self.dtype} "
-        return f"{dtype}{self.name}[{','.join(str(axis) for axis in self.axes)}]"
-
 
 @dataclass(frozen=True)
 class GraphSpec:
@@ -86,9 +80,14 @@ class GraphSpec:
         return tuple(dict.fromkeys(found))
 
 
-def signature(inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> str:
-    """A contract on one line."""
-    return " -> ".join(", ".join(tensor.text for tensor in side) for side in (inputs, outputs))
+def signature(inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], dtypes: bool = True) -> str:
+    """A contract on one line; float32 goes without saying."""
+
+    def text(tensor: TensorSpec) -> str:
+        dtype = f"{tensor.dtype} " if dtypes and tensor.dtype != "float32" else ""
+        return f"{dtype}{tensor.name}[{','.join(str(axis) for axis in tensor.axes)}]"
+
+    return " -> ".join(", ".join(text(tensor) for tensor in side) for side in (inputs, outputs))
 
 
 NETWORKS = ("backbone", "diffusion_step", "detail_score", "decoder")

@@ -17,7 +17,7 @@ from gtr_deploy.export.build.build import build
 from gtr_deploy.export.build.request import BuildRequest
 from gtr_deploy.export.engines.graph import BuildSettings, BuiltGraph, build_graph
 from gtr_deploy.export.engines.target import Target, choose_target
-from gtr_deploy.export.verify import graph_inputs
+from gtr_deploy.export.verify.graph_inputs import graph_inputs
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Phases, Reporter
 from gtr_deploy.runtime.errors import BackendError
