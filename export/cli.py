@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..runtime.bundle.engine_sets import FLAVOURS
+from ..runtime.commands.backend_options import BackendName
 from ..runtime.commands.console import CommandGroup, Reporter, print_json, print_table
 from ..runtime.errors import BundleError, GtrError
 from ..runtime.models.families import known_models
@@ -172,7 +173,7 @@ def engine(
 @click.option("--images", type=click.IntRange(1, 64), default=2, show_default=True, help="Images per preset.")
 @click.option(
     "--backend",
-    type=click.Choice(("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")),
+    type=BackendName(auto=False),
     default="onnxruntime",
     show_default=True,
     help="What is checked: the graphs on the CPU, or engines on the GPU.",

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from ...runtime.backends.openvino.backend import OpenVinoBackend
 from ...runtime.backends.protocol import Backend
 from ...runtime.backends.registry import BackendOptions, open_backend
 from ...runtime.backends.tensorrt.backend import TensorRTBackend
@@ -48,9 +47,6 @@ RUNGS = ("loads", "finite", "graphs", "images")
 SIZES = ("smallest", "usual", "largest")
 CPU_BUDGET = 20e12
 """FLOPs per preset and backend up to which whole generations are compared without being asked for by name."""
-
-
-GraphRunner = OnnxRuntimeBackend | OpenVinoBackend | TensorRTBackend
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ def verify(
 
     Args:
         folder: the bundle.
-        engine: ``onnxruntime`` or ``openvino``, on the CPU; or the bundle's engines of a flavour, on the GPU.
+        engine: a backend's name; ``onnxruntime`` on the CPU, the bundle's engines of a flavour on the GPU.
         checkpoint, vae: the files it was built from, where they have moved.
         plans: presets to compare whole generations for; by default all that are within ``CPU_BUDGET``.
         images: images per preset.
@@ -161,11 +157,10 @@ def verify(
     )
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         backend = _loads(bundle, engines, report, reporter, Path(scratch))
-        if isinstance(backend, TensorRTBackend):
-            stack.callback(backend.close)
         if backend is not None:
+            stack.callback(backend.close)
             specs = graph_specs(bundle.architecture, bundle.max_batch)
-            if isinstance(backend, OpenVinoBackend):
+            if engines is None and engine != "onnxruntime":
                 report.evaluated_with = backend.description
                 specs = {kind: specs[kind] for kind in NETWORKS}
             if engines is not None:
@@ -213,12 +208,12 @@ def relative_error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
 
 def _loads(
     bundle: Bundle, engines: EngineSet | None, report: Report, reporter: Reporter, scratch: Path
-) -> GraphRunner | None:
+) -> Backend | None:
     try:
         with reporter.stage("checksums and loading"):
             if engines is not None:
                 return _engines_load(bundle, engines, report)
-            backend = _cpu_backend(bundle, report.engine, scratch)
+            backend = _opened(bundle, report.engine, scratch)
     except (BundleError, BackendError) as error:
         report.checks.append(Check("loads", "all graphs", "failed", note=str(error)))
         return None
@@ -234,10 +229,9 @@ def _loads(
     return backend
 
 
-def _cpu_backend(bundle: Bundle, engine: str, scratch: Path) -> OnnxRuntimeBackend | OpenVinoBackend:
-    if engine == "openvino":
-        opened: Any = open_backend(bundle, BackendOptions("openvino"))
-        return opened
+def _opened(bundle: Bundle, engine: str, scratch: Path) -> Backend:
+    if engine != "onnxruntime":
+        return open_backend(bundle, BackendOptions(engine))
     paths = bundle.graph_paths(target="cpu")
     if bundle.precision == "bf16":
         from ..graphs.bfloat16 import widen
@@ -246,7 +240,7 @@ def _cpu_backend(bundle: Bundle, engine: str, scratch: Path) -> OnnxRuntimeBacke
     return OnnxRuntimeBackend(paths, optimised=bundle.precision != "fp8")
 
 
-def _engines_load(bundle: Bundle, engines: EngineSet, report: Report) -> GraphRunner:
+def _engines_load(bundle: Bundle, engines: EngineSet, report: Report) -> Backend:
     backend = TensorRTBackend(bundle, engines)
     report.checks += [
         Check("loads", kind, "ok", note=f"{len(graph.profiles)} profiles, {graph.engine.bytes / 2**20:.1f} MiB")
@@ -260,7 +254,7 @@ def _shapes(spec: GraphSpec) -> list[tuple[str, Mapping[str, int]]]:
 
 
 def _finite(
-    backend: GraphRunner,
+    backend: Backend,
     specs: Mapping[str, GraphSpec],
     bundle: Bundle,
     report: Report,
@@ -272,7 +266,7 @@ def _finite(
                 report.checks.append(_finite_at(backend, spec, bundle, name, sizes))
 
 
-def _finite_at(backend: GraphRunner, spec: GraphSpec, bundle: Bundle, name: str, sizes: Mapping[str, int]) -> Check:
+def _finite_at(backend: Backend, spec: GraphSpec, bundle: Bundle, name: str, sizes: Mapping[str, int]) -> Check:
     subject = f"{spec.kind}, {name}"
     shape = " ".join(f"{letter}={sizes[letter]}" for letter in spec.symbols)
     try:
@@ -290,7 +284,7 @@ def _finite_at(backend: GraphRunner, spec: GraphSpec, bundle: Bundle, name: str,
 
 
 def _graphs(
-    backend: GraphRunner,
+    backend: Backend,
     specs: Mapping[str, GraphSpec],
     bundle: Bundle,
     weights: Weights,

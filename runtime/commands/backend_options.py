@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..backends.registry import BACKENDS, CUDA_GRAPH_MODES, PROVIDERS, BackendOptions
+from ..backends.protocol import CUDA_GRAPH_MODES
+from ..backends.registry import PROVIDERS, BackendOptions, backend_names
 from ..bundle.reader import Bundle
 from .console import Reporter
 from .option_groups import with_options
@@ -15,9 +16,27 @@ from .option_groups import with_options
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
+
+class BackendName(click.ParamType):
+    """A row of the table of backends, looked up when it is needed: entry points are somebody else's code."""
+
+    name = "backend"
+
+    def __init__(self, auto: bool = True) -> None:
+        self._first = 0 if auto else 1
+
+    def get_metavar(self, *_: Any, **__: Any) -> str:
+        return f"[{'|'.join(backend_names()[self._first :])}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in (known := backend_names()[self._first :]):
+            self.fail(f"{value!r} is not one of {', '.join(map(repr, known))}.", param, ctx)
+        return value
+
+
 #: (option, type, default, help)
 _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
-    ("--backend", click.Choice(("auto", *BACKENDS)), "auto", "Engine library."),
+    ("--backend", BackendName(), "auto", "Engine library."),
     ("--provider", click.Choice(PROVIDERS), "auto", "Where onnxruntime and torch compute."),
     ("--device", click.IntRange(0, 255), 0, "Index of the GPU."),
     (

@@ -98,17 +98,17 @@ def _sizes(text: str) -> list[int]:
 
 def _every_backend(bundle: Bundle, engine: BackendOptions) -> tuple[str, str | None, dict[str, BackendOptions]]:
     """The backend that is taken by itself, why, and the options of every one that can run here."""
-    from ..backends.registry import resolve_backend
+    from ..backends.registry import backend_rows, resolve_backend
     from ..machine.examine import examine_machine
-    from .doctor import can_run, diagnose
 
     resolved, why = resolve_backend(bundle, engine)
     taken = f"{resolved.backend} {resolved.provider}" if resolved.backend == "onnxruntime" else resolved.backend
-    options: dict[str, BackendOptions] = {}
-    for name in can_run(diagnose(examine_machine(), bundle)):
-        backend, _, provider = name.partition(" ")
-        if backend != "torch":
-            options[name] = replace(engine, backend=backend, provider=provider or "auto")
+    machine = examine_machine()
+    options = {
+        row.label: replace(engine, backend=row.name, provider=row.provider or "auto")
+        for row in backend_rows()
+        if row.name != "torch" and not row.refusal(bundle, machine)
+    }
     return taken, why, options
 
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import ModuleType
 
 #: library -> the line that installs it
@@ -23,6 +24,9 @@ INSTALL: Mapping[str, str] = {
     "tensorrt": "pip install 'gtr-deploy[tensorrt]'",
     "tensorrt-rtx": "pip install 'gtr-deploy[tensorrt-rtx]'",
 }
+
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+"""What decides how fast a CPU is at 8-bit and bfloat16 products."""
 
 #: library -> module and every distribution name it comes under. TensorRT's own name is a stub on PyPI that pulls in
 #: the others, and its parts can also be installed alone.
@@ -83,6 +87,7 @@ class Machine:
         onnxruntime_providers: execution providers that onnxruntime was built with.
         problems: library to one line, for those that are installed but do not import.
         openvino_capabilities: what OpenVINO computes in on this CPU, such as ``FP32`` and ``BF16``.
+        cpu_features: those of :data:`CPU_FEATURES` that the CPU has; none where the system does not tell.
     """
 
     system: str
@@ -92,6 +97,7 @@ class Machine:
     onnxruntime_providers: tuple[str, ...]
     problems: Mapping[str, str] = field(default_factory=dict)
     openvino_capabilities: tuple[str, ...] = ()
+    cpu_features: tuple[str, ...] = ()
 
 
 def examine_machine() -> Machine:
@@ -106,7 +112,17 @@ def examine_machine() -> Machine:
     providers = _onnxruntime_providers() if versions["onnxruntime"] else ()
     system = f"{platform.system().lower()}-{platform.machine()}"
     capabilities = _openvino_capabilities() if versions["openvino"] else ()
-    return Machine(system, gpu, gpu_problem, versions, providers, problems, capabilities)
+    return Machine(system, gpu, gpu_problem, versions, providers, problems, capabilities, cpu_features())
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Those of :data:`CPU_FEATURES` that this CPU has; Linux alone tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    return tuple(feature for feature in CPU_FEATURES if feature in flags)
 
 
 def library_version(flavour: str) -> str | None:

@@ -18,7 +18,13 @@ from golden import relative_error
 
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.onnxruntime.bound import ALIGNMENT, _Packed
-from gtr_deploy.runtime.backends.registry import BackendOptions, choose_backend, open_backend, resolve_backend
+from gtr_deploy.runtime.backends.registry import (
+    FASTER_ON_VNNI,
+    BackendOptions,
+    choose_backend,
+    open_backend,
+    resolve_backend,
+)
 from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError, GtrError, UsageError
@@ -200,6 +206,17 @@ class TestChoice:
         assert why.endswith(words)
         assert "\n" not in why
 
+    @pytest.mark.parametrize("feature", ["avx512_vnni", "avx_vnni"])
+    def test_the_cpu_decides_between_the_two(self, bundle: Bundle, feature: str) -> None:
+        machine = replace(BARE, versions={"onnxruntime": "1.31.1", "openvino": "2026.4.1"})
+        vnni = replace(machine, cpu_features=("avx2", feature))
+        for precision in FASTER_ON_VNNI:
+            assert choose_backend(changed(bundle, precision=precision), machine)[0] == "onnxruntime"
+            name, why = choose_backend(changed(bundle, precision=precision), vnni)
+            assert name == "openvino"
+            assert "on CPUs with VNNI" in why
+        assert choose_backend(changed(bundle, precision="fp16"), vnni)[0] == "onnxruntime"
+
     def test_an_old_openvino_is_not_chosen(self, bundle: Bundle) -> None:
         machine = replace(BARE, versions={"openvino": "2025.4.0"})
         assert choose_backend(bundle, machine)[0] == "onnxruntime"
@@ -211,9 +228,9 @@ class TestChoice:
     def test_engines_that_fit_come_first(self, bundle: Bundle) -> None:
         rtx, full = _engines(bundle, "tensorrt-rtx", "1.7.0"), _engines(bundle, "tensorrt", "11.4.0")
         both = changed(bundle, engines=(rtx, full))
-        machine = replace(WITH_CUDA, versions={"tensorrt": "11.4.0", "tensorrt-rtx": "1.7.0"})
+        machine = replace(WITH_CUDA, versions={"tensorrt": "11.4.0", "tensorrt-rtx": "1.7.0", "cuda-bindings": "13.0"})
         assert choose_backend(both, machine) == ("tensorrt", f"the bundle's engines {full.key} run here")
-        machine = replace(WITH_CUDA, versions={"tensorrt": "10.16.0", "tensorrt-rtx": "1.7.0"})
+        machine = replace(WITH_CUDA, versions={"tensorrt": "10.16.0", "tensorrt-rtx": "1.7.0", "cuda-bindings": "13.0"})
         assert choose_backend(both, machine)[0] == "tensorrt-rtx"
         name, why = choose_backend(both, WITH_CUDA)
         assert name == "onnxruntime"
@@ -261,7 +278,7 @@ class TestChoice:
         metadata = tmp_path / "gtr_backends-1.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: gtr-backends\nVersion: 1\n")
-        lines = "[gtr_deploy.backends]\ntorch = gtr_deploy.export.reference.torch_backend:open_backend\n"
+        lines = "[gtr_deploy.backends]\ntorch = gtr_deploy.export.reference.backend_row:TORCH\n"
         (metadata / "entry_points.txt").write_text(lines)
         monkeypatch.syspath_prepend(tmp_path)
         before = torch.get_num_threads()

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from fakes.bundles import changed
 from msgspec import structs
 
+from gtr_deploy.runtime.backends import registry
 from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet, StoredFile, WeightsFile
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands import doctor as doctor_module
@@ -74,8 +75,8 @@ def _statuses(machine: Machine, bundle: Bundle | None = None) -> Mapping[str, tu
 @pytest.fixture(autouse=True)
 def _torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry point as pyproject.toml has it, whenever the package was installed."""
-    point = EntryPoint("torch", "gtr_deploy.export.reference.torch_backend:open_backend", doctor_module.ENTRY_POINTS)
-    monkeypatch.setattr(doctor_module, "entry_points", lambda group: [point])
+    point = EntryPoint("torch", "gtr_deploy.export.reference.backend_row:TORCH", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
 
 
 @pytest.fixture
@@ -310,9 +311,17 @@ class TestDiagnosis:
         assert found == ("missing", "the torch backend has no precision int8")
 
     def test_other_entry_points_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        point = EntryPoint("mine", "package:open", doctor_module.ENTRY_POINTS)
-        monkeypatch.setattr(doctor_module, "entry_points", lambda group: [point])
-        assert _statuses(NOTHING)["backend mine"] == ("ok", "entry point package:open")
+        points = [EntryPoint("mine", "toy.backend:ROW", registry.ENTRY_POINTS)]
+        points += [
+            EntryPoint(name, place, registry.ENTRY_POINTS)
+            for name, place in (("lost", "no_such:ROW"), ("odd", "json:dumps"))
+        ]
+        monkeypatch.setattr(registry, "entry_points", lambda group: points)
+        assert _statuses(EVERYTHING)["backend mine"] == ("ok", "a stranger's backend")
+        status, detail = _statuses(EVERYTHING)["backend lost"]
+        assert status == "missing"
+        assert "ModuleNotFoundError" in detail
+        assert _statuses(EVERYTHING)["backend odd"] == ("missing", "its entry point gives a function, not a BackendRow")
 
 
 class TestCommand:
@@ -335,7 +344,7 @@ class TestCommand:
     def test_exit_code_says_whether_anything_can_run_the_bundle(
         self, own_bundle: Path, monkeypatch: pytest.MonkeyPatch, damage: str
     ) -> None:
-        monkeypatch.setattr(doctor_module, "entry_points", lambda group: [])
+        monkeypatch.setattr(registry, "entry_points", lambda group: [])
         monkeypatch.setattr(doctor_module, "examine_machine", lambda: EVERYTHING if damage else NOTHING)
         if damage:
             (own_bundle / "graphs" / "decoder.onnx").write_bytes(b"")

@@ -21,7 +21,7 @@ from ...machine.openvino import cpu_capabilities, import_openvino
 from ...sampling.chains import DiffusionChain, Floats
 from ...sampling.loop import BackboneOutput
 from ..host_loop import HostLoopBackend
-from .library import read_onnx, reason, version_problem
+from .library import read_onnx, reason
 from .split import Part, has_bfloat16, split, whole
 
 BFLOAT16 = ("cut", "graph", "off")
@@ -54,8 +54,6 @@ class OpenVinoBackend(HostLoopBackend):
             openvino = import_openvino()
         except ImportError as error:
             raise BackendError(f"OpenVINO cannot be imported: {reason(error)}; {INSTALL['openvino']}") from None
-        if problem := version_problem(openvino.__version__):
-            raise BackendError(problem)
         if bfloat16 is not None and bfloat16 not in BFLOAT16:
             raise BackendError(f"bfloat16 {bfloat16!r} is not one of {', '.join(BFLOAT16)}")
         capable = "BF16" in cpu_capabilities(openvino)

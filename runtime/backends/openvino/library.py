@@ -1,27 +1,14 @@
-"""The OpenVINO package: imported without its usage statistics, asked what the CPU can, read ONNX with, its errors."""
+"""The OpenVINO package: imported without its usage statistics, read ONNX with, its errors."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from ...errors import BackendError
-from ...machine.examine import INSTALL
-
-OLDEST = (2026, 3)
-"""Older versions cannot run graphs with axes of size 0, which the first AR step of every plan has."""
 
 #: Lines of an OpenVINO error that say where in its sources it was raised.
 _PLACES = ("Exception from ", "Caught exception: ", "Check '", "FrontEnd API failed")
-
-
-def version_problem(version: str) -> str | None:
-    """Why this version of OpenVINO is of no use, and what mends it; None if it is."""
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) >= OLDEST:
-        return None
-    upgrade = INSTALL["openvino"].replace("install", "install --upgrade", 1)
-    return f"openvino {version} is too old, {OLDEST[0]}.{OLDEST[1]} is needed; {upgrade}"
 
 
 def read_onnx(openvino: Any, path: Path) -> Any:
