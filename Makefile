@@ -24,6 +24,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+	cd typings && ../$(BIN)/lint-imports ../pyproject.toml
 
 # One thread per engine call: two test processes share the cores, and OpenMP threads that spin would fight over them.
 unit: $(VENV)/.test

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .backends.choice import open_backend, resolve_backend
 from .backends.protocol import Backend
-from .backends.registry import BackendOptions, open_backend, resolve_backend
+from .backends.row import BackendOptions
 from .bundle.reader import Bundle
 from .errors import UsageError
 from .models.architecture import Architecture

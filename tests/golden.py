@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file
 
-from gtr_deploy.export.reference.networks import build_networks
+from gtr_deploy.export.networks import build_networks
 from gtr_deploy.export.reference.torch_backend import TorchBackend
 from gtr_deploy.runtime.models.architecture import Decoder
 from gtr_deploy.runtime.models.mar import MarArchitecture

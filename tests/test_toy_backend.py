@@ -14,7 +14,7 @@ from click.testing import Result
 from toy.backend import ROW
 
 from gtr_deploy.runtime.backends import registry
-from gtr_deploy.runtime.backends.registry import choose_backend
+from gtr_deploy.runtime.backends.choice import choose_backend
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine.examine import examine_machine

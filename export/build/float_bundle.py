@@ -43,7 +43,7 @@ STAGE_VERSIONS = {
     "select_rows": 1, "gather_rows": 1, "merge_rows": 1,
 }  # fmt: skip
 """Raise a graph's number when what is exported computes something else, or the same in another way that people should
-get: a change in export/graphs, in export/reference/networks.py, or in the parts of runtime/sampling that they use. Its
+get: a change in export/graphs, in export/networks.py, or in the parts of runtime/sampling that they use. Its
 graph is then exported again in every bundle. Names, axes, model sizes and weights are part of a stage's key anyway."""
 
 #: Which weights a graph holds; the others have none.
@@ -131,7 +131,7 @@ def tool_versions() -> dict[str, str]:
 def _export(spec: GraphSpec, request: BuildRequest, entry: ModelEntry, weights: Weights, partial: Path) -> GraphFiles:
     try:
         from ..graphs.onnx_export import export_graph
-        from ..reference.networks import build_graph_module
+        from ..networks import build_graph_module
     except ImportError as error:
         raise GtrError(f"{error.name} is not installed; pip install 'gtr-deploy[export]'") from None
 

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from ...runtime.backends.protocol import Backend
-from ...runtime.backends.registry import BackendOptions, BackendRow
+from ...runtime.backends.row import BackendOptions, BackendRow
 from ...runtime.bundle.reader import Bundle
 from ...runtime.machine.examine import Machine
 from ...runtime.models.graphs import QUANTISED

@@ -25,7 +25,7 @@ from ...runtime.sampling.chains import DiffusionChain, Floats, Integers
 from ...runtime.sampling.loop import BackboneOutput
 from ..build.sources import weights_of_bundle
 from ..graphs.layers import Linear
-from .networks import DTYPES, Networks, build_networks
+from ..networks import DTYPES, Networks, build_networks
 
 MAX_CHAINS = 128
 """Shapes of chains whose buffers and CUDA graphs are kept; the oldest goes first."""

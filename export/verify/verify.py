@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...runtime.backends.choice import open_backend
 from ...runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from ...runtime.backends.protocol import Backend
-from ...runtime.backends.registry import BackendOptions, open_backend
+from ...runtime.backends.row import BackendOptions
 from ...runtime.backends.tensorrt.backend import TensorRTBackend
 from ...runtime.bundle.engine_sets import FLAVOURS, EngineSet, choose_engines
 from ...runtime.bundle.reader import Bundle
@@ -314,7 +315,7 @@ def _reference(kind: str, weights: Weights, precision: str) -> Callable[[Mapping
     import torch
 
     from ..families import export_family
-    from ..reference.networks import build_graph_module
+    from ..networks import build_graph_module
 
     checkpoint = weights.checkpoint() if kind in export_family(weights.architecture).networks else {}
     module = build_graph_module(
@@ -353,7 +354,7 @@ def _images(
             chosen.append(name)
     if not chosen:
         return
-    from ..reference.networks import build_networks
+    from ..networks import build_networks
     from ..reference.torch_backend import TorchBackend
 
     made: dict[tuple[str, str], Floats | GtrError] = {}

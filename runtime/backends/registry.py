@@ -1,135 +1,30 @@
 """The table of backends: one row each, which drives the automatic choice, doctor, --help, bench and verify.
 
-A row of another package is an entry point of the group ``gtr_deploy.backends`` that loads to a :class:`BackendRow`.
+A row of another package is an entry point of the group ``gtr_deploy.backends`` that loads to a ``BackendRow``.
 Libraries are imported only when a row is opened.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from ..bundle.engine_sets import FLAVOURS, rebuild_command, refusal
-from ..errors import BackendError, BundleError, UsageError
-from ..machine.examine import INSTALL, examine_machine
+from ..bundle.engine_sets import rebuild_command, refusal
+from ..errors import BackendError, BundleError
+from ..machine.examine import INSTALL
 from ..models.graphs import NETWORKS
-from .protocol import CUDA_GRAPH_MODES, Backend
+from .protocol import Backend
+from .row import BackendOptions, BackendRow
 
 if TYPE_CHECKING:
     from ..bundle.reader import Bundle
     from ..machine.examine import Machine
 
-PROVIDERS = ("auto", "cpu", "cuda")
 
 ENTRY_POINTS = "gtr_deploy.backends"
 """Entry point group of rows that are not part of the runtime."""
-
-ELSEWHERE = {"torch": "the torch backend comes with the export side; pip install 'gtr-deploy[export]'"}
-"""Backends that are well known and come with another package."""
-
-
-@dataclass(frozen=True)
-class BackendOptions:
-    """What a user can say about the backend.
-
-    Attributes:
-        backend: the name of a row, or ``auto``: see :func:`choose_backend`.
-        provider: where onnxruntime and torch compute, one of ``PROVIDERS``; auto is CUDA where it can be used.
-        threads: threads of one call on the CPU; the library's default if None.
-        device: index of the GPU.
-        cuda_graph: one of ``CUDA_GRAPH_MODES``; onnxruntime and torch only tell ``off`` from the rest; openvino has
-            none.
-        precision: of the torch backend; the bundle's if None.
-    """
-
-    backend: str = "auto"
-    provider: str = "auto"
-    threads: int | None = None
-    device: int = 0
-    cuda_graph: str = "auto"
-    precision: str | None = None
-
-
-def _nothing(*_: object) -> str:
-    return ""
-
-
-@dataclass(frozen=True)
-class BackendRow:
-    """One backend.
-
-    Attributes:
-        name: what ``--backend`` takes.
-        open: (bundle, options, compare checksums) to the backend.
-        what: what it is, one line for doctor; (machine, bundle or None) to it where that depends.
-        provider: ``cpu`` or ``cuda`` where a library has a row for each.
-        library: that it needs, a key of ``Machine.versions``; None if :attr:`lacks` knows alone.
-        oldest: version of the library, such as (2026, 3).
-        install: the line that installs it.
-        gpu: it needs one.
-        without_gpu: what it is still good for without one, a clause.
-        reads_graphs: it runs the bundle's graphs, not engines or a checkpoint.
-        unsupported: precision to what is wrong with it and what can be done; ``{model}`` is the model's name.
-        lacks: why it runs nothing on a machine whose library and GPU are there; empty if it does.
-        refuses: why it does not run a bundle on a machine that lacks nothing; empty if it does.
-        rank: how far up it stands when nobody chooses; None: it is never taken unasked.
-        because: (bundle, machine) to a clause why it is taken unasked; may be empty.
-    """
-
-    name: str
-    open: Callable[[Bundle, BackendOptions, bool], Backend]
-    what: str | Callable[[Machine, Bundle | None], str] = ""
-    provider: str = ""
-    library: str | None = None
-    oldest: tuple[int, ...] = ()
-    install: str = ""
-    gpu: bool = False
-    without_gpu: str = ""
-    reads_graphs: bool = True
-    unsupported: Mapping[str, str] = field(default_factory=dict)
-    lacks: Callable[[Machine], str] = _nothing
-    refuses: Callable[[Bundle, Machine], str] = _nothing
-    rank: Callable[[Bundle, Machine], float | None] = lambda bundle, machine: None
-    because: Callable[[Bundle, Machine], str] = _nothing
-
-    @property
-    def label(self) -> str:
-        """Name, with the provider where there are several: ``onnxruntime cpu``."""
-        return f"{self.name} {self.provider}".strip()
-
-    def problem(self, machine: Machine) -> str:
-        """Why it runs nothing on this machine, and the line that mends it; empty if it can."""
-        if self.library is not None:
-            found = machine.versions.get(self.library)
-            if found is None:
-                return f"{machine.problems.get(self.library) or f'{self.library} is not installed'}; {self.install}"
-            if _numbers(found) < self.oldest:
-                oldest = ".".join(map(str, self.oldest))
-                upgrade = self.install.replace("install", "install --upgrade", 1)
-                return f"{self.library} {found} is too old, {oldest} is needed; {upgrade}"
-        if self.gpu and machine.gpu is None:
-            return (machine.gpu_problem or "no GPU was found") + self.without_gpu
-        return self.lacks(machine)
-
-    def refusal(self, bundle: Bundle, machine: Machine) -> str:
-        """Why it does not run this bundle on this machine; empty if it does."""
-        return self.problem(machine) or self.precision_problem(bundle) or self.refuses(bundle, machine)
-
-    def precision_problem(self, bundle: Bundle) -> str:
-        """Why it does not run the bundle's precision; empty if it does."""
-        return self.unsupported.get(bundle.precision, "").format(model=bundle.architecture.name)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading whole numbers of a version."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, match[0].split("."))) if match else ()
-
-
-# --- the rows ---------------------------------------------------------------------------------------------------------
 
 
 def _open_onnxruntime(provider: str) -> Callable[[Bundle, BackendOptions, bool], Backend]:
@@ -164,7 +59,8 @@ def _open_tensorrt(flavour: str) -> Callable[[Bundle, BackendOptions, bool], Bac
     return open_
 
 
-def _lacks_cuda_provider(machine: Machine) -> str:
+def lacks_cuda_provider(machine: Machine) -> str:
+    """Why ONNX Runtime cannot use CUDA although there is a GPU; empty if it can."""
     if "CUDAExecutionProvider" in machine.onnxruntime_providers:
         return ""
     # Both distributions install the same module: the CPU one has to go first.
@@ -279,7 +175,7 @@ ROWS: tuple[BackendRow, ...] = (
         library="onnxruntime",
         install=INSTALL["onnxruntime-cuda"],
         gpu=True,
-        lacks=_lacks_cuda_provider,
+        lacks=lacks_cuda_provider,
         rank=lambda bundle, machine: 80,
     ),
     BackendRow(
@@ -344,91 +240,3 @@ def _loaded(name: str, load: Callable[[], object]) -> BackendRow:
 def backend_names() -> tuple[str, ...]:
     """What ``--backend`` takes, ``auto`` first."""
     return ("auto", *dict.fromkeys(row.name for row in backend_rows()))
-
-
-# --- choosing ---------------------------------------------------------------------------------------------------------
-
-
-def choose_backend(bundle: Bundle, machine: Machine) -> tuple[str, str]:
-    """The backend that ``auto`` means, and one line why: the highest rank among the rows that can run the bundle here.
-
-    ONNX Runtime on the CPU where none can: its error says what is missing.
-    """
-    ranked = [(row.rank(bundle, machine), row) for row in backend_rows()]
-    able = [(rank, row) for rank, row in ranked if rank is not None and not row.refusal(bundle, machine)]
-    row = max(able, key=lambda pair: pair[0])[1] if able else ONNXRUNTIME_CPU
-    refusals = {flavour: engine_refusals(bundle, machine, flavour) for flavour in FLAVOURS}
-    if row.name in FLAVOURS:
-        key = next(key for key, reason in refusals[row.name].items() if not reason)
-        return row.name, f"the bundle's engines {key} run here"
-    refused = next((item for found in refusals.values() for item in found.items()), None)
-    note = f"engines {refused[0]} cannot run here ({refused[1]}); " if refused else ""
-    if row.provider == "cuda" and machine.gpu is not None:
-        return row.name, f"{note or 'the bundle has no engines; '}its CUDA provider runs on {machine.gpu.name}"
-    missing = machine.gpu_problem if machine.gpu is None else "this onnxruntime has no CUDA provider"
-    because = row.because(bundle, machine)
-    return row.name, f"{note}on the CPU: {missing}" + (f"; {because}" if because else "")
-
-
-def _row(options: BackendOptions) -> BackendRow:
-    rows = [row for row in backend_rows() if row.name == options.backend]
-    return next((row for row in rows if row.provider == options.provider), rows[0])
-
-
-def resolve_backend(bundle: Bundle, options: BackendOptions) -> tuple[BackendOptions, str | None]:
-    """The options with every ``auto`` that depends on the machine replaced, and why; None if the user chose.
-
-    Raises:
-        BackendError: unknown backend, provider or CUDA graph mode.
-        UsageError: options that do not go together.
-    """
-    names = backend_names()
-    if options.backend in ELSEWHERE and options.backend not in names:
-        raise BackendError(ELSEWHERE[options.backend])
-    for what, value, known in (
-        ("backend", options.backend, names),
-        ("provider", options.provider, PROVIDERS),
-        ("CUDA graph mode", options.cuda_graph, CUDA_GRAPH_MODES),
-    ):
-        if value not in known:
-            raise BackendError(f"{what} {value!r} is not one of {', '.join(known)}")
-    why = None
-    if options.backend == "auto" and options.provider != "auto":
-        options, why = replace(options, backend="onnxruntime"), f"--provider {options.provider} is ONNX Runtime's"
-    elif options.backend == "auto":
-        name, why = choose_backend(bundle, examine_machine())
-        options = replace(options, backend=name)
-    if options.backend == "onnxruntime" and options.provider == "auto":
-        machine = examine_machine()
-        cuda = machine.gpu is not None and not _lacks_cuda_provider(machine)
-        options = replace(options, provider="cuda" if cuda else "cpu")
-    if options.backend == "onnxruntime" and options.provider == "cpu" and bundle.precision == "fp8":
-        why = (f"{why}; " if why else "") + "fp8 on a CPU is an evaluation at the cost of fp32, not a deployment"
-    if options.backend in (*FLAVOURS, "openvino") and options.provider != "auto":
-        raise UsageError(f"--provider {options.provider} is for onnxruntime and torch, not for {options.backend}")
-    if options.backend == "openvino":
-        if options.device:
-            raise UsageError(f"--device {options.device} is the index of a GPU; openvino runs on the CPU")
-        if options.cuda_graph not in ("auto", "off"):
-            raise UsageError(f"--cuda-graph {options.cuda_graph} is for GPUs; openvino runs on the CPU")
-    if options.precision is not None and options.backend != "torch":
-        raise UsageError(f"precision {options.precision}: only torch has a choice, {options.backend} runs the bundle's")
-    return options, why
-
-
-def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True) -> Backend:
-    """Opens a bundle with the chosen engine library.
-
-    Args:
-        checksums: compare every file's SHA-256 with the manifest (sizes always are).
-
-    Raises:
-        BundleError: a file of the bundle is not sound.
-        BackendError: the engine library is missing, cannot run here, or refuses a graph.
-        UsageError: options that do not go together.
-    """
-    options, _ = resolve_backend(bundle, options)
-    row = _row(options)
-    if reason := row.precision_problem(bundle):
-        raise BackendError(reason)
-    return row.open(bundle, options, checksums)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..backends.protocol import CUDA_GRAPH_MODES
-from ..backends.registry import PROVIDERS, BackendOptions, backend_names
+from ..backends.registry import backend_names
+from ..backends.row import PROVIDERS, BackendOptions
 from ..bundle.reader import Bundle
 from .console import Reporter
 from .option_groups import with_options

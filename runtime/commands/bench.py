@@ -15,7 +15,7 @@ from .console import Reporter, print_json, print_table
 from .plan_options import chosen_plan, plan_options
 
 if TYPE_CHECKING:
-    from ..backends.registry import BackendOptions
+    from ..backends.row import BackendOptions
     from ..bundle.reader import Bundle
     from ..sampling.plan import SamplingPlan
     from .timing import Measurement
@@ -98,7 +98,8 @@ def _sizes(text: str) -> list[int]:
 
 def _every_backend(bundle: Bundle, engine: BackendOptions) -> tuple[str, str | None, dict[str, BackendOptions]]:
     """The backend that is taken by itself, why, and the options of every one that can run here."""
-    from ..backends.registry import backend_rows, resolve_backend
+    from ..backends.choice import resolve_backend
+    from ..backends.registry import backend_rows
     from ..machine.examine import examine_machine
 
     resolved, why = resolve_backend(bundle, engine)

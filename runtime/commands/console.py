@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import click
@@ -25,10 +27,10 @@ class CommandGroup(click.Group):
         name = kwargs.get("prog_name") or self.name or "gtr"
         try:
             code = super().main(*args, **kwargs)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message())
-            code = 2
         except click.UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # which click 8.1 does not have
+                click.echo(error.format_message())
+                sys.exit(2)
             command = error.ctx.command_path if error.ctx else name
             click.echo(f"{command}: {_one_line(error.format_message())} (see {command} --help)", err=True)
             code = 2
@@ -57,28 +59,34 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table on standard output; columns of numbers are right-aligned.
+    """A table on standard output, its title in a line above; columns of numbers are right-aligned.
 
-    Only the last column folds, and only on a terminal: a number that is broken over two lines cannot be read.
+    On a terminal the last column wraps, between words: a path, a command or a number that is broken over two lines can
+    be neither read nor copied, so what does not fit runs over.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    widths = [max(len(text) for text in cells) for cells in zip(columns, *rows, strict=True)]
+    if title:
+        click.echo(title)
+    padding = 3 * len(columns) + 2
+    if sys.stdout.isatty():
+        others = sum(max(map(len, cells)) for cells in list(zip(columns, *rows, strict=True))[:-1])
+        width = max(24, Console().width - others - padding)
+        wrap = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+        rows = [[*row[:-1], wrap(row[-1])] for row in rows]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    needed = padding
     for index, column in enumerate(columns):
+        width = max(len(line) for text in (column, *(row[index] for row in rows)) for line in text.split("\n"))
         numeric = all(_looks_numeric(row[index]) for row in rows)
-        least = widths[index] if index < len(columns) - 1 else min(widths[index], 24)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=least)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True, min_width=width)
+        needed += width
     for row in rows:
         table.add_row(*row)
-    padding = 3 * len(columns) + 2
-    needed = sum(widths) + padding
-    if sys.stdout.isatty():
-        needed = max(Console().width, sum(widths[:-1]) + min(widths[-1], 24) + padding)
-    console = Console(file=sys.stdout, width=max(needed, len(title or "")), highlight=False, markup=False, emoji=False)
-    console.print(table)
+    # Wide enough for the table, whatever the terminal: a line that runs over is still whole when it is copied.
+    Console(file=sys.stdout, width=needed, highlight=False, markup=False, emoji=False).print(table)
 
 
 def _looks_numeric(text: str) -> bool:

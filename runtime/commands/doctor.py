@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from ..backends.registry import BackendRow, backend_rows, engine_refusals
+from ..backends.registry import backend_rows, engine_refusals
+from ..backends.row import BackendRow
 from ..bundle.reader import Bundle
 from ..errors import BundleError
 from ..machine.examine import INSTALL, Machine, examine_machine

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..backends.registry import BackendOptions
+    from ..backends.row import BackendOptions
     from ..bundle.reader import Bundle
     from ..models.conditioning import Request
     from ..pipeline import Pipeline

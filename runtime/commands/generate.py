@@ -16,7 +16,7 @@ from .plan_options import chosen_plan, plan_options
 from .request_options import RequestOptions, request_options
 
 if TYPE_CHECKING:
-    from ..backends.registry import BackendOptions
+    from ..backends.row import BackendOptions
     from ..sampling.job import StepResult
 
 

@@ -22,7 +22,8 @@ from gtr_deploy.export.build.build import build
 from gtr_deploy.export.build.request import BuildRequest, CalibrationChoices
 from gtr_deploy.export.verify.limits import graph_limit
 from gtr_deploy.export.verify.verify import verify
-from gtr_deploy.runtime.backends.registry import BackendOptions, open_backend, resolve_backend
+from gtr_deploy.runtime.backends.choice import open_backend, resolve_backend
+from gtr_deploy.runtime.backends.row import BackendOptions
 from gtr_deploy.runtime.bundle.manifest import MANIFEST, GraphFiles
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter

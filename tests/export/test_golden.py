@@ -14,7 +14,7 @@ from golden import CASES, WEIGHT_SETS, GoldenCase, load_case, load_weights, rela
 from jobs import class_labels, sample
 
 from gtr_deploy.export.graphs.onnx_export import export_graph
-from gtr_deploy.export.reference.networks import build_graph_module
+from gtr_deploy.export.networks import build_graph_module
 from gtr_deploy.runtime.backends.host_loop import HostLoopBackend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.errors import BackendError

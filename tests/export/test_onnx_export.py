@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gtr_deploy.export.build.checkpoints import random_mar, random_vae_decoder
 from gtr_deploy.export.graphs import onnx_export
 from gtr_deploy.export.graphs.onnx_export import check_graph, export_graph
-from gtr_deploy.export.reference.networks import build_graph_module
+from gtr_deploy.export.networks import build_graph_module
 from gtr_deploy.export.verify.verify import graph_inputs, relative_error
 from gtr_deploy.runtime.errors import GtrError
 from gtr_deploy.runtime.models.architecture import Decoder

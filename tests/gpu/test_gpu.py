@@ -14,7 +14,7 @@ import torch
 from golden import CASES, WEIGHT_SETS, load_case, load_weights, relative_error
 from jobs import sample
 
-from gtr_deploy.export.reference.networks import DTYPES, build_networks
+from gtr_deploy.export.networks import DTYPES, build_networks
 from gtr_deploy.export.reference.torch_backend import TorchBackend, open_backend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.protocol import Backend

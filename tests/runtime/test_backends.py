@@ -16,15 +16,11 @@ from click.testing import Result
 from fakes.bundles import changed
 from golden import relative_error
 
+from gtr_deploy.runtime.backends.choice import choose_backend, open_backend, resolve_backend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.onnxruntime.bound import ALIGNMENT, _Packed
-from gtr_deploy.runtime.backends.registry import (
-    FASTER_ON_VNNI,
-    BackendOptions,
-    choose_backend,
-    open_backend,
-    resolve_backend,
-)
+from gtr_deploy.runtime.backends.registry import FASTER_ON_VNNI
+from gtr_deploy.runtime.backends.row import BackendOptions
 from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError, GtrError, UsageError

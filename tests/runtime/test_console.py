@@ -103,3 +103,27 @@ def test_narrow_terminals_break_no_number(monkeypatch: pytest.MonkeyPatch, capsy
     lines = click.unstyle(capsys.readouterr().out).splitlines()
     assert any(all(number in line for number in numbers) for line in lines)
     assert max(len(line) for line in lines) < 110
+
+
+LONG_PATH = "/tmp/" + "/".join(f"a-rather-long-folder-name-{n}" for n in range(6)) + "/manifest.json"
+COMMAND = "gtr-export engine bundles/mar-h-fp16 --engine tensorrt"
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "80", "200"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_path_or_identifier_is_broken(
+    columns: str, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", columns)
+    prose = f"the graphs in {LONG_PATH} differ from what the manifest says; {COMMAND} builds them again"
+    print_table(
+        ["what", "detail"], [[LONG_PATH, prose], ["tensorrt-rtx-1.7.1.116-sm89", "ok"]], title=f"of {LONG_PATH}"
+    )
+    output = click.unstyle(capsys.readouterr().out)
+    assert output.splitlines()[0] == f"of {LONG_PATH}"
+    assert output.count(LONG_PATH) == 3
+    for word in (*COMMAND.split(), "tensorrt-rtx-1.7.1.116-sm89"):
+        assert word in output.split()
+    if not terminal:
+        assert prose in output

@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 from jobs import ARCHITECTURES
 
-from gtr_deploy.runtime.backends.registry import BackendOptions
+from gtr_deploy.runtime.backends.row import BackendOptions
 from gtr_deploy.runtime.commands import evaluate as module
 from gtr_deploy.runtime.errors import GtrError, UsageError
 from gtr_deploy.runtime.pipeline import Pipeline

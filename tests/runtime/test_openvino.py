@@ -22,12 +22,13 @@ from gtr_deploy.calibration.layers import DEFAULT_KEEP, quantisable, read_graph
 from gtr_deploy.calibration.quantize import quantise_graph
 from gtr_deploy.calibration.ranges import Range
 from gtr_deploy.export.graphs.onnx_export import export_graph
-from gtr_deploy.export.reference.networks import build_graph_module
+from gtr_deploy.export.networks import build_graph_module
 from gtr_deploy.export.verify.graph_inputs import graph_inputs
+from gtr_deploy.runtime.backends.choice import open_backend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.openvino.backend import OpenVinoBackend
 from gtr_deploy.runtime.backends.openvino.library import OLDEST, reason
-from gtr_deploy.runtime.backends.registry import BackendOptions, open_backend
+from gtr_deploy.runtime.backends.row import BackendOptions
 from gtr_deploy.runtime.bundle.manifest import GraphFiles
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gtr_deploy.runtime.backends.host_loop import HostLoopBackend
 from gtr_deploy.runtime.backends.protocol import Backend
-from gtr_deploy.runtime.backends.registry import BackendOptions, BackendRow
+from gtr_deploy.runtime.backends.row import BackendOptions, BackendRow
 from gtr_deploy.runtime.bundle.reader import Bundle
 
 

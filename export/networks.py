@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...runtime.models.architecture import Architecture
-from ..families import export_family
-from ..graphs.decoders import build_decoder
-from ..graphs.detail_score import DetailScore
-from ..graphs.layers import set_precision
-from ..graphs.rows import ROW_MODULES
+from ..runtime.models.architecture import Architecture
+from .families import export_family
+from .graphs.decoders import build_decoder
+from .graphs.detail_score import DetailScore
+from .graphs.layers import set_precision
+from .graphs.rows import ROW_MODULES
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

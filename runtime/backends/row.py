@@ -1,0 +1,114 @@
+"""What one row of the table of backends says. Knows no library; the rows are in registry.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .protocol import Backend
+
+if TYPE_CHECKING:
+    from ..bundle.reader import Bundle
+    from ..machine.examine import Machine
+
+PROVIDERS = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a user can say about the backend.
+
+    Attributes:
+        backend: the name of a row, or ``auto``: see :func:`choose_backend`.
+        provider: where onnxruntime and torch compute, one of ``PROVIDERS``; auto is CUDA where it can be used.
+        threads: threads of one call on the CPU; the library's default if None.
+        device: index of the GPU.
+        cuda_graph: one of ``CUDA_GRAPH_MODES``; onnxruntime and torch only tell ``off`` from the rest; openvino has
+            none.
+        precision: of the torch backend; the bundle's if None.
+    """
+
+    backend: str = "auto"
+    provider: str = "auto"
+    threads: int | None = None
+    device: int = 0
+    cuda_graph: str = "auto"
+    precision: str | None = None
+
+
+def _nothing(*_: object) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """One backend.
+
+    Attributes:
+        name: what ``--backend`` takes.
+        open: (bundle, options, compare checksums) to the backend.
+        what: what it is, one line for doctor; (machine, bundle or None) to it where that depends.
+        provider: ``cpu`` or ``cuda`` where a library has a row for each.
+        library: that it needs, a key of ``Machine.versions``; None if :attr:`lacks` knows alone.
+        oldest: version of the library, such as (2026, 3).
+        install: the line that installs it.
+        gpu: it needs one.
+        without_gpu: what it is still good for without one, a clause.
+        reads_graphs: it runs the bundle's graphs, not engines or a checkpoint.
+        unsupported: precision to what is wrong with it and what can be done; ``{model}`` is the model's name.
+        lacks: why it runs nothing on a machine whose library and GPU are there; empty if it does.
+        refuses: why it does not run a bundle on a machine that lacks nothing; empty if it does.
+        rank: how far up it stands when nobody chooses; None: it is never taken unasked.
+        because: (bundle, machine) to a clause why it is taken unasked; may be empty.
+    """
+
+    name: str
+    open: Callable[[Bundle, BackendOptions, bool], Backend]
+    what: str | Callable[[Machine, Bundle | None], str] = ""
+    provider: str = ""
+    library: str | None = None
+    oldest: tuple[int, ...] = ()
+    install: str = ""
+    gpu: bool = False
+    without_gpu: str = ""
+    reads_graphs: bool = True
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    lacks: Callable[[Machine], str] = _nothing
+    refuses: Callable[[Bundle, Machine], str] = _nothing
+    rank: Callable[[Bundle, Machine], float | None] = lambda bundle, machine: None
+    because: Callable[[Bundle, Machine], str] = _nothing
+
+    @property
+    def label(self) -> str:
+        """Name, with the provider where there are several: ``onnxruntime cpu``."""
+        return f"{self.name} {self.provider}".strip()
+
+    def problem(self, machine: Machine) -> str:
+        """Why it runs nothing on this machine, and the line that mends it; empty if it can."""
+        if self.library is not None:
+            found = machine.versions.get(self.library)
+            if found is None:
+                return f"{machine.problems.get(self.library) or f'{self.library} is not installed'}; {self.install}"
+            if _numbers(found) < self.oldest:
+                oldest = ".".join(map(str, self.oldest))
+                upgrade = self.install.replace("install", "install --upgrade", 1)
+                return f"{self.library} {found} is too old, {oldest} is needed; {upgrade}"
+        if self.gpu and machine.gpu is None:
+            return (machine.gpu_problem or "no GPU was found") + self.without_gpu
+        return self.lacks(machine)
+
+    def refusal(self, bundle: Bundle, machine: Machine) -> str:
+        """Why it does not run this bundle on this machine; empty if it does."""
+        return self.problem(machine) or self.precision_problem(bundle) or self.refuses(bundle, machine)
+
+    def precision_problem(self, bundle: Bundle) -> str:
+        """Why it does not run the bundle's precision; empty if it does."""
+        return self.unsupported.get(bundle.precision, "").format(model=bundle.architecture.name)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading whole numbers of a version."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
