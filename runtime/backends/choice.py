@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.engine_sets import FLAVOURS
 from ..errors import BackendError, UsageError
-from ..machine.examine import examine_machine
+from ..machine.examine import examine_machine, library_version
 from .protocol import CUDA_GRAPH_MODES, Backend
 from .registry import ONNXRUNTIME_CPU, backend_names, backend_rows, engine_refusals, lacks_cuda_provider
 from .row import PROVIDERS, BackendOptions, BackendRow
@@ -100,6 +100,7 @@ def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True
     """
     options, _ = resolve_backend(bundle, options)
     row = _row(options)
-    if reason := row.precision_problem(bundle):
+    found = library_version(row.library) if row.library else None
+    if reason := (found and row.age_problem(found)) or row.precision_problem(bundle):
         raise BackendError(reason)
     return row.open(bundle, options, checksums)

@@ -91,13 +91,19 @@ class BackendRow:
             found = machine.versions.get(self.library)
             if found is None:
                 return f"{machine.problems.get(self.library) or f'{self.library} is not installed'}; {self.install}"
-            if _numbers(found) < self.oldest:
-                oldest = ".".join(map(str, self.oldest))
-                upgrade = self.install.replace("install", "install --upgrade", 1)
-                return f"{self.library} {found} is too old, {oldest} is needed; {upgrade}"
+            if reason := self.age_problem(found):
+                return reason
         if self.gpu and machine.gpu is None:
             return (machine.gpu_problem or "no GPU was found") + self.without_gpu
         return self.lacks(machine)
+
+    def age_problem(self, found: str) -> str:
+        """Why this version of the library is of no use; empty if it is."""
+        if _numbers(found) >= self.oldest:
+            return ""
+        oldest = ".".join(map(str, self.oldest))
+        upgrade = self.install.replace("install", "install --upgrade", 1)
+        return f"{self.library} {found} is too old, {oldest} is needed; {upgrade}"
 
     def refusal(self, bundle: Bundle, machine: Machine) -> str:
         """Why it does not run this bundle on this machine; empty if it does."""

@@ -196,7 +196,7 @@ def open_measure(bundle: Bundle, reference: Path | None, weights: Path | None, e
     if DigitsMeasure.suits(bundle.conditioner):
         for option, value in (("--reference", reference), ("--inception-weights", weights)):
             if value is not None:
-                raise UsageError(f"{option} is for other pictures; {architecture.name} is compared with real digits")
+                raise UsageError(f"{option} is for ImageNet models; {architecture.name} is compared with real digits")
         if any(side % 8 for side in architecture.image_size):
             height, width = architecture.image_size
             raise UsageError(f"{architecture.name} makes {height}x{width} pictures; digits are compared as 8x8 pixels")

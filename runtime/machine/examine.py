@@ -125,13 +125,13 @@ def cpu_features() -> tuple[str, ...]:
     return tuple(feature for feature in CPU_FEATURES if feature in flags)
 
 
-def library_version(flavour: str) -> str | None:
-    """Version of the TensorRT library that imports here, None if none does.
+def library_version(library: str) -> str | None:
+    """Version of a library that imports here, None if none does.
 
     Args:
-        flavour: ``tensorrt`` or ``tensorrt-rtx``.
+        library: a key of ``Machine.versions``; others are looked up as installed distributions.
     """
-    return _examine_library(flavour)[0]
+    return _examine_library(library)[0] if library in _LIBRARIES else _distribution_version(library)
 
 
 def _examine_library(library: str) -> tuple[str | None, str]:

@@ -116,7 +116,8 @@ def test_the_key_follows_versions_not_source_files(
     int8_request: CalibrationRequest, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """What draws (plot.py) has no version: editing it throws nothing away."""
-    images = calibration_images(Bundle.load(int8_request.source).architecture, 4)
+    source = Bundle.load(int8_request.source)
+    images = calibration_images(source.architecture, source.conditioner, 4)
     before = calibration_key(int8_request, [{"backbone": "x"}], images, 8)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"the key reads {path}"))
     assert calibration_key(int8_request, [{"backbone": "x"}], images, 8) == before
@@ -250,7 +251,7 @@ def test_bad_requests_are_one_line(int8: Path, digits_bundle: Path, build_digits
         ({"compared": 0}, "give at least 1"),
         ({"method": "median"}, "is not one of max"),
         ({"precision": "fp8", "method": "mse"}, "for integers"),
-        ({"labels": [10]}, "class 10"),
+        ({"requests": [10]}, "class 10"),
         ({"plan": "nope"}, "plan 'nope'"),
     ):
         arguments = {"source": digits_bundle, "out": out, **SMALL, **change}

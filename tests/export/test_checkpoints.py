@@ -8,7 +8,6 @@ import pickle
 import zlib
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from jobs import ARCHITECTURES
+from msgspec import structs
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -344,11 +344,11 @@ class TestRandomWeights:
         assert not torch.equal(first["class_emb.weight"], other["class_emb.weight"])
 
     def test_a_key_s_values_do_not_depend_on_the_others(self) -> None:
-        deeper = random_mar(replace(TINY, depth=3, head_depth=4), 1)
+        deeper = random_mar(structs.replace(TINY, depth=3, head_depth=4), 1)
         assert all(torch.equal(value, deeper[key]) for key, value in random_mar(TINY, 1).items())
 
     def test_scales(self) -> None:
-        state = random_mar(replace(TINY, width=256), 3)
+        state = random_mar(structs.replace(TINY, width=256), 3)
         assert {value.dtype for value in state.values()} == {torch.float32}
         assert torch.equal(state["z_proj_ln.weight"], torch.ones(256))
         assert torch.equal(state["encoder_blocks.0.attn.qkv.bias"], torch.zeros(768))

@@ -88,7 +88,7 @@ def quantize(folder: Path, kind: str, scratch: Path) -> None:
 
     bundle = Bundle.load(folder)
     spec = graph_specs(bundle.architecture, bundle.max_batch)[kind]
-    batches = [graph_inputs(spec, bundle.architecture, spec.usual, seed) for seed in range(3)]
+    batches = [graph_inputs(spec, bundle.architecture, bundle.conditioner, spec.usual, seed) for seed in range(3)]
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:

@@ -68,7 +68,7 @@ def test_without_network(export_cli: Cli, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     nowhere = WeightSource("http://127.0.0.1:9/checkpoint-last.pth", "pretrained/none.pth", 1)
     entry = MODELS["mar-b"]
-    monkeypatch.setitem(MODELS, "mar-b", type(entry)(entry.architecture, nowhere, nowhere))
+    monkeypatch.setitem(MODELS, "mar-b", type(entry)(entry.model, nowhere, nowhere))
     one_line_error(export_cli("build", "--model", "mar-b"), 1, "--checkpoint", "--vae", "--random-weights")
     assert not list((tmp_path / "bundles").glob("mar-b*"))
 
@@ -104,7 +104,7 @@ def test_model_alone_is_enough_with_a_network(
     assert entry.shipped is not None
     size = round(entry.shipped.stat().st_size / 2**20)
     source = WeightSource(f"{server}/checkpoint-last.pth", "pretrained/none.pth", size)
-    monkeypatch.setitem(MODELS, "mar-digits", type(entry)(entry.architecture, source))
+    monkeypatch.setitem(MODELS, "mar-digits", type(entry)(entry.model, source))
     result = export_cli("build", "--model", "mar-digits")
     assert result.exit_code == 0, result.output
     bundle = Bundle.load(tmp_path / "bundles" / "mar-digits-fp32")
@@ -173,7 +173,7 @@ def test_export_without_torch_is_one_line(export_cli: Cli, tmp_path: Path, monke
 
 def test_no_published_weights(monkeypatch: pytest.MonkeyPatch, export_cli: Cli, tmp_path: Path) -> None:
     entry = MODELS["mar-digits"]
-    monkeypatch.setitem(MODELS, "mar-digits", type(entry)(entry.architecture))
+    monkeypatch.setitem(MODELS, "mar-digits", type(entry)(entry.model))
     result = export_cli("build", "--model", "mar-digits", "--out", tmp_path / "b")
     one_line_error(result, 1, "has no published weights; give a file with --checkpoint")
     assert sources.RANDOM_SEED == 0

@@ -22,6 +22,7 @@ from gtr_deploy.export.networks import build_graph_module
 from gtr_deploy.export.verify.verify import graph_inputs, relative_error
 from gtr_deploy.runtime.errors import GtrError
 from gtr_deploy.runtime.models.architecture import Decoder
+from gtr_deploy.runtime.models.class_conditioner import ClassConditioner
 from gtr_deploy.runtime.models.families import graph_specs
 from gtr_deploy.runtime.models.graphs import GraphSpec
 from gtr_deploy.runtime.models.mar import MarArchitecture
@@ -41,6 +42,7 @@ ODD = MarArchitecture(
     head_width=40,
     decoder=Decoder(kind="kl16", stride=16, scale=0.2325),
 )
+SEVEN = ClassConditioner(tuple(map(str, range(7))))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -111,7 +113,7 @@ def test_any_shape_runs_and_equals_torch(
 ) -> None:
     session, module = odd_graphs[kind]
     spec = graph_specs(ODD)[kind]
-    inputs = graph_inputs(spec, ODD, sizes, seed=3)
+    inputs = graph_inputs(spec, ODD, SEVEN, sizes, seed=3)
     with torch.inference_mode():
         wanted = module(*(torch.from_numpy(value) for value in inputs.values()))
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
@@ -158,6 +160,6 @@ class TestContract:
 
 
 def test_inputs_partition_the_grid() -> None:
-    inputs = graph_inputs(graph_specs(ODD)["backbone"], ODD, {"G": 2, "B": 2, "V": 4, "P": 5, "R": 6})
+    inputs = graph_inputs(graph_specs(ODD)["backbone"], ODD, SEVEN, {"G": 2, "B": 2, "V": 4, "P": 5, "R": 6})
     together = np.concatenate([inputs[name] for name in ("visible", "predict", "context")], axis=1)
     assert (np.sort(together, axis=1) == np.arange(15)).all()

@@ -16,12 +16,14 @@ from gtr_deploy.export.verify.respacing import LIMIT, Respacing, measure_respaci
 from gtr_deploy.export.verify.verify import Report
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
+from gtr_deploy.runtime.models.class_conditioner import DIGITS, ClassConditioner
 from gtr_deploy.runtime.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("weight_set", list(WEIGHT_SETS))
 def test_models_that_cannot_bear_it(weight_set: str) -> None:
-    found = measure_respacing(torch_backend(weight_set), load_case(WEIGHT_SETS[weight_set]).architecture)
+    architecture = load_case(WEIGHT_SETS[weight_set]).architecture
+    found = measure_respacing(torch_backend(weight_set), architecture, ClassConditioner(DIGITS))
     assert found.sensitive
     assert found.ratio > 50 * LIMIT
 
@@ -30,12 +32,12 @@ def test_the_shipped_model_on_both_sides_of_the_limit(
     digits_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend, architecture = digits_pipeline.backend, digits_pipeline.architecture
-    found = measure_respacing(backend, architecture)  # type: ignore[arg-type]
+    found = measure_respacing(backend, architecture, digits_pipeline.conditioner)  # type: ignore[arg-type]
     assert found.ratio > 50 * LIMIT
     assert 0.4 < found.capped < 1.2  # about the size of the tokens it was trained on
     for harmless in (990, 975, 925):
         monkeypatch.setattr(respacing, "ORIGINAL", harmless)
-        found = measure_respacing(backend, architecture)  # type: ignore[arg-type]
+        found = measure_respacing(backend, architecture, digits_pipeline.conditioner)  # type: ignore[arg-type]
         assert abs(found.ratio - 1) < 0.05
         assert not found.sensitive
         assert found.warning(999) is None

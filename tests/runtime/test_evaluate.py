@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import Result
-from jobs import ARCHITECTURES
+from msgspec import structs
 
 from gtr_deploy.runtime.backends.row import BackendOptions
+from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands import evaluate as module
 from gtr_deploy.runtime.errors import GtrError, UsageError
+from gtr_deploy.runtime.models.architecture import Decoder
+from gtr_deploy.runtime.models.families import known_models
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.quality import inception as quality_inception
 from gtr_deploy.runtime.quality.digits import METRICS, DigitsMeasure, digit_figures, real_digits
@@ -129,9 +132,16 @@ def test_wrong_requests_are_one_line(run_cli: Cli, digits_bundle: Path, tmp_path
     _one_line(run_cli("evaluate", tmp_path / "no"), 1, "is not a folder")
 
 
+def _bundle(model: str, **changes: Any) -> Bundle:
+    """A bundle of a known model that has no files."""
+    known = known_models()[model]
+    architecture = structs.replace(known.architecture, **changes)
+    return Bundle(Path("nowhere"), None, architecture, known.conditioner)  # type: ignore[arg-type]
+
+
 def test_imagenet_models_need_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imagenet, engine = ARCHITECTURES["mar-b"], BackendOptions(provider="cuda", device=1)
-    with pytest.raises(UsageError, match=r"mar-b makes ImageNet pictures: give --reference FILE.*adm_in256_stats"):
+    imagenet, engine = _bundle("mar-b"), BackendOptions(provider="cuda", device=1)
+    with pytest.raises(UsageError, match=r"mar-b: give --reference FILE.*adm_in256_stats"):
         module.open_measure(imagenet, None, None, engine)
     (tmp_path / "r.npz").write_text("x")
     with pytest.raises(GtrError, match="is not an npz file"):
@@ -143,10 +153,10 @@ def test_imagenet_models_need_a_reference(tmp_path: Path, monkeypatch: pytest.Mo
     measure = module.open_measure(imagenet, tmp_path / "r.npz", tmp_path / "w.pth", engine)
     assert opened == [(tmp_path / "w.pth", "cuda:1")]
     assert measure.reference == str(tmp_path / "r.npz")
-    digits = ARCHITECTURES["mar-digits"]
-    assert isinstance(module.open_measure(digits, None, None, engine), DigitsMeasure)
-    with pytest.raises(UsageError, match="32x32 pictures of 7 classes"):
-        module.open_measure(replace(digits, classes=7), None, None, engine)
+    assert isinstance(module.open_measure(_bundle("mar-digits"), None, None, engine), DigitsMeasure)
+    odd = Decoder(kind="patches", stride=1, patch=3)
+    with pytest.raises(UsageError, match="24x21 pictures; digits are compared as 8x8"):
+        module.open_measure(_bundle("mar-digits", decoder=odd, grid=(8, 7)), None, None, engine)
 
 
 def test_help_says_the_protocol(run_cli: Cli) -> None:

@@ -191,7 +191,7 @@ class TestNumbers:
         for kind in NETWORKS:
             spec = graph_specs(bundle.architecture, 2)[kind]
             for sizes in (spec.smallest, spec.usual):
-                inputs = graph_inputs(spec, bundle.architecture, sizes)
+                inputs = graph_inputs(spec, bundle.architecture, bundle.conditioner, sizes)
                 for found, wanted in zip(other.run(kind, inputs), plain.run(kind, inputs), strict=True):
                     limit = spec.tolerances["bf16"] if HAS_BFLOAT16 else 1e-6
                     assert relative_error(found, wanted) <= limit

@@ -217,7 +217,7 @@ def test_flop_table(model: str, row: list[float]) -> None:
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize(("known", "predicted", "context"), [(0, 1, 63), (5, 7, 52), (5, 7, 0), (40, 24, 0)])
 def test_flops_equal_torchs_own_count(known: int, predicted: int, context: int, branches: int) -> None:
-    architecture = replace(
+    architecture = structs.replace(
         MAR_B, grid=(8, 8), width=48, depth=2, heads=4, buffer=6, head_depth=3, head_width=40, classes=3
     )
     backbone, head = Backbone(architecture).eval(), DiffusionHead(architecture).eval()
@@ -345,7 +345,7 @@ def test_unknown_preset() -> None:
 
 def test_preset_on_a_grid_that_is_too_small() -> None:
     with pytest.raises(PlanError, match=r"^stage 2 of 3 has no token on a 1x2 grid; use fewer stages$"):
-        preset("gtr", replace(MAR_H, grid=(1, 2)))
+        preset("gtr", structs.replace(MAR_H, grid=(1, 2)))
 
 
 def test_model_defaults() -> None:
