@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint unit model api clean
+.PHONY: demo test lint unit lowest wheel model api clean
 
 demo: $(VENV)/.demo
 	$(BIN)/gtr-export build --model mar-digits --out $(OUT)/mar-digits
@@ -33,6 +33,28 @@ unit: $(VENV)/.test
 	$(BIN)/python -m coverage report --include 'export/*' --fail-under 90
 	$(BIN)/python -m coverage report --include 'calibration/*' --fail-under 90
 
+# The oldest versions that pyproject.toml allows really work: what needs none of the newest tools is tested with them.
+lowest:
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) .ci/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-lowest/constraints.txt \
+		--editable '.[cpu,openvino,calibration,export,plot]' pytest hypothesis pytest-xdist
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 -p no:cacheprovider \
+		tests/test_toy_family.py tests/test_toy_backend.py tests/calibration/test_collect.py \
+		$(addprefix tests/runtime/test_,console.py run_cli.py bundle.py pipeline.py plan.py openvino.py quality.py trace.py) \
+		$(addprefix tests/export/test_,export_cli.py onnx_export.py build.py checkpoints.py)
+
+# A wheel with every part and data file, and a type checker that sees its types.
+wheel: $(VENV)/.test
+	rm -rf dist build
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[cpu]"
+	cd dist && venv/bin/gtr-run plan mar-h && venv/bin/gtr-run doctor
+	printf 'from gtr_deploy import Pipeline\nPipeline.load(3, threads="x")\n' > dist/wrong.py
+	cd dist && ! ../$(BIN)/basedpyright --pythonpath venv/bin/python wrong.py > wrong.txt
+	grep -q 'reportArgumentType' dist/wrong.txt
+
 # Trains the shipped model anew (about 40 minutes on two cores).
 model: $(VENV)/.test
 	$(BIN)/python examples/digits/train.py --out export/data/mar_digits.safetensors
@@ -42,7 +64,7 @@ api: $(VENV)/.demo
 	$(BIN)/python docs/make_api.py
 
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info
+	rm -rf $(VENV) .venv-lowest $(OUT) build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
