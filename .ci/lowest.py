@@ -13,7 +13,7 @@ pinned = dict(
     re.findall(r"^([\w-]+)==(\S+)$", (Path(__file__).parents[1] / "constraints.txt").read_text("utf-8"), re.MULTILINE)
 )
 found = {}
-for requirement in [*project["dependencies"], *(item for extra in project["optional-dependencies"].values() for item in extra)]:
+for requirement in sum(project["optional-dependencies"].values(), project["dependencies"]):
     match = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?>=([\w.]+)", requirement)
     if match is None:
         sys.exit(f"{requirement!r} has no lower bound")

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from click.testing import Result
+import inspect
+
+from click.testing import CliRunner, Result
+
+
+def runner() -> CliRunner:
+    """Keeps the two streams apart, which click 8.1 does only when it is told to."""
+    told = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
+    return CliRunner(**told)
 
 
 def one_line_error(result: Result, code: int, *words: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import runner
 from fakes import cudart
 from fakes.bundles import VERSIONS
 from fakes.machine import FakeMachine
@@ -112,7 +113,7 @@ def run_cli() -> Callable[..., Result]:
     from gtr_deploy.runtime.cli import main
 
     def call(*arguments: str | Path, group=main) -> Result:
-        return CliRunner().invoke(group, [str(argument) for argument in arguments], prog_name=group.name)
+        return runner().invoke(group, [str(argument) for argument in arguments], prog_name=group.name)
 
     return call
 

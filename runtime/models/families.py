@@ -35,12 +35,15 @@ def decode_model(model: msgspec.Raw, conditioning: msgspec.Raw) -> tuple[Archite
     Raises:
         ValueError: an unknown family, anything missing, unknown, of another type or out of range.
     """
-    name = msgspec.json.decode(model, type=_Tagged).family
-    if name not in FAMILIES:
-        raise ValueError(f"family {name[:40]!r} is not one of {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    architecture = msgspec.json.decode(model, type=family.architecture)
-    conditioner = msgspec.json.decode(conditioning, type=family.conditioner)
+    try:
+        name = msgspec.json.decode(model, type=_Tagged).family
+        if name not in FAMILIES:
+            raise ValueError(f"family {name[:40]!r} is not one of {', '.join(FAMILIES)}")
+        family = FAMILIES[name]
+        architecture = msgspec.json.decode(model, type=family.architecture)
+        conditioner = msgspec.json.decode(conditioning, type=family.conditioner)
+    except msgspec.ValidationError as error:  # no ValueError before msgspec 0.21
+        raise ValueError(str(error)) from None
     conditioner.check_architecture(architecture)
     return architecture, conditioner
 

@@ -10,7 +10,7 @@ import pytest
 import quality as script
 import quality_configurations
 import quality_figures as figures
-from click.testing import CliRunner
+from commands import runner
 from PIL import Image
 
 from gtr_deploy.runtime.commands.plan_options import chosen_plan
@@ -62,7 +62,7 @@ def test_it_goes_on_where_it_stopped(digits_bundle: Path, tmp_path: Path) -> Non
     arguments = [str(digits_bundle), "--results", str(results), "--pictures", str(tmp_path / "p")]
 
     def run(*more: str) -> Any:
-        return CliRunner().invoke(script.main, [*arguments, *more])
+        return runner().invoke(script.main, [*arguments, *more])
 
     first = run("--images", "20", "--blocks", "1")
     assert first.exit_code == 0, first.output

@@ -8,7 +8,7 @@ import judge
 import numpy as np
 import torch
 import train as train_script
-from click.testing import CliRunner
+from commands import runner
 from data import GRID, jitter, load, to_tokens
 from jobs import ARCHITECTURES
 
@@ -117,7 +117,7 @@ def test_training_is_seeded_and_writes_a_loadable_checkpoint(tmp_path: Path) -> 
     try:
         for name in ("a", "b"):
             arguments = ["--out", str(tmp_path / f"{name}.safetensors"), "--steps", "2", "--batch-size", "4"]
-            result = CliRunner().invoke(train_script.train, arguments)
+            result = runner().invoke(train_script.train, arguments)
             assert result.exit_code == 0, result.output
     finally:
         torch.use_deterministic_algorithms(False)

@@ -7,14 +7,14 @@ from pathlib import Path
 import features
 import judge
 import numpy as np
-from click.testing import CliRunner
+from commands import runner
 
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.quality.digits import DATA, RealDigits, real_digits
 
 
 def test_the_script_makes_the_file_that_ships(tmp_path: Path) -> None:
-    result = CliRunner().invoke(features.main, ["--out", str(tmp_path / "digits.npz")])
+    result = runner().invoke(features.main, ["--out", str(tmp_path / "digits.npz")])
     assert result.exit_code == 0, result.output
     assert "of held-out real digits right" in result.output
     with np.load(tmp_path / "digits.npz") as made, np.load(DATA) as shipped:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import click
 import pytest
-from click.testing import CliRunner
+from commands import runner
 
 from gtr_deploy.runtime.commands.console import CommandGroup, Reporter, print_table
 from gtr_deploy.runtime.errors import BundleError, PlanError
@@ -34,7 +34,7 @@ def test_every_error_is_one_line(error: BaseException, code: int, line: str) -> 
     def run() -> NoReturn:
         raise error
 
-    result = CliRunner().invoke(group, ["run"], prog_name="tool")
+    result = runner().invoke(group, ["run"], prog_name="tool")
     assert result.exit_code == code
     # click ends the terminal's own ^C line first.
     assert result.stderr.replace("tool run", "tool").lstrip("\n") == line
@@ -49,7 +49,7 @@ def test_unforeseen_errors_keep_their_traceback() -> None:
     def run() -> NoReturn:
         raise ZeroDivisionError
 
-    assert isinstance(CliRunner().invoke(group, ["run"]).exception, ZeroDivisionError)
+    assert isinstance(runner().invoke(group, ["run"]).exception, ZeroDivisionError)
 
 
 def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import runner
 from fakes.bundles import changed
 from msgspec import structs
 
@@ -86,7 +87,7 @@ def bundle(digits_bundle: Path) -> Bundle:
 
 def _doctor(*arguments: str | Path) -> Result:
     group = CommandGroup(name="gtr-run", commands={"doctor": doctor})
-    return CliRunner().invoke(group, ["doctor", *map(str, arguments)], prog_name="gtr-run")
+    return runner().invoke(group, ["doctor", *map(str, arguments)], prog_name="gtr-run")
 
 
 class TestMachine:

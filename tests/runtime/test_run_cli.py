@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import Result
@@ -281,7 +282,7 @@ def test_help_is_there_for_every_command(run_cli: Cli, export_cli: Cli) -> None:
         assert cli("--help").exit_code == 0
         for command in commands:
             assert cli(command, "--help").exit_code == 0
-    assert run_cli().exit_code == 2
+    assert run_cli().exit_code == (2 if hasattr(click.exceptions, "NoArgsIsHelpError") else 0)  # as click has it
     assert "0.1.0" in run_cli("--version").stdout
 
 
