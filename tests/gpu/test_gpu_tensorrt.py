@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from golden import relative_error
 
@@ -87,23 +86,6 @@ def test_generations_equal_onnx_runtime(
                 found = pipeline.generate(LABELS, SEEDS, plan).latents
                 worst = max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
                 assert worst <= IMAGE_TOLERANCES[precision]
-
-
-def test_one_seed_one_image(opened: Callable[..., Pipeline]) -> None:
-    pipeline = opened("fp16", "auto")
-    together = pipeline.generate(LABELS, SEEDS, "gtr-fast").latents
-    for index in (0, 3):
-        alone = pipeline.generate(LABELS[index : index + 1], SEEDS[index : index + 1], "gtr-fast").latents
-        assert relative_error(alone[0], together[index]) <= IMAGE_TOLERANCES["fp16"]
-
-
-def test_single_graphs_equal_onnx_runtime(opened: Callable[..., Pipeline], digits_pipeline: Pipeline) -> None:
-    backend = opened("fp32", "off").backend
-    z = np.random.default_rng(0).standard_normal((2, 16, 128)).astype(np.float32)
-    found = backend.run("detail_score", {"z": z})  # type: ignore[union-attr]
-    wanted = digits_pipeline.backend.run("detail_score", {"z": z})  # type: ignore[union-attr]
-    for mine, theirs in zip(found, wanted, strict=True):
-        assert relative_error(mine, theirs) <= 1e-4
 
 
 def test_the_doctor_says_that_it_runs(engines: Callable[[str], Bundle], flavour: str) -> None:

@@ -23,7 +23,6 @@ from gtr_deploy.runtime.commands.timing import measure
 from gtr_deploy.runtime.errors import BackendError, BundleError, UsageError
 from gtr_deploy.runtime.files import cache_dir
 from gtr_deploy.runtime.pipeline import Pipeline
-from gtr_deploy.runtime.sampling.job import StepResult
 from gtr_deploy.runtime.sampling.plan import SamplingPlan, preset, resolve
 
 
@@ -56,78 +55,6 @@ def pipeline_of(backend: TensorRTBackend, like: Pipeline) -> Pipeline:
 def plan_of(like: Pipeline, name: str = "gtr", **changes) -> SamplingPlan:
     architecture = like.architecture
     return resolve(replace(preset(name, architecture, like.plan_defaults), **changes), architecture)
-
-
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
-@pytest.mark.parametrize("cuda_graph", ["off", "step", "generation"])
-def test_generations_equal_onnx_runtime(
-    opened: Callable[..., TensorRTBackend], digits_pipeline: Pipeline, flavour: str, cuda_graph: str
-) -> None:
-    backend = opened(flavour, cuda_graph)
-    ours = pipeline_of(backend, digits_pipeline)
-    for plan in ("gtr", "gtr-fast") if (flavour, cuda_graph) == ("tensorrt", "generation") else ("gtr-fast",):
-        wanted = digits_pipeline.generate([3, 7], [5, 2**63], plan)
-        for _ in range(3):  # eagerly, captured, replayed
-            found = ours.generate([3, 7], [5, 2**63], plan)
-            np.testing.assert_allclose(found.latents, wanted.latents, atol=1e-5)
-        assert np.array_equal(found.images, wanted.images)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"fts": "norm"},
-        {"fts": "lowest"},
-        {"fts": "random"},
-        {"fts": "none"},
-        {"fts": "all"},
-        {"fts_fraction": 0.5, "fts_diffusion": 7, "reconstruction_diffusion": 11},  # the others have the longer chain
-        {"fts_diffusion": 11, "reconstruction_diffusion": 11},  # equally long
-        {"cfg": 1.0},
-        {"context": "compact", "parity": "even"},
-    ],
-    ids=str,
-)
-def test_every_selection_rule_and_chain(
-    opened: Callable[..., TensorRTBackend], digits_pipeline: Pipeline, changes: dict
-) -> None:
-    plan = plan_of(digits_pipeline, "gtr-fast", **changes)
-    ours = pipeline_of(opened(plans=(plan,)), digits_pipeline)
-    wanted = digits_pipeline.generate([1, 2, 3], plan=plan)
-    for _ in range(2):
-        found = ours.generate([1, 2, 3], plan=plan)
-        np.testing.assert_allclose(found.latents, wanted.latents, atol=1e-5)
-
-
-def test_one_seed_one_image(opened: Callable[..., TensorRTBackend], digits_pipeline: Pipeline) -> None:
-    ours = pipeline_of(opened(), digits_pipeline)
-    together = ours.generate([4, 5, 6], [7, 8, 9], "gtr-fast")
-    alone = ours.generate([5], [8], "gtr-fast")
-    np.testing.assert_allclose(alone.latents[0], together.latents[1], atol=1e-4)
-
-
-def test_an_observer_sees_what_the_host_loop_shows(
-    opened: Callable[..., TensorRTBackend], digits_pipeline: Pipeline
-) -> None:
-    backend = opened()
-    seen: dict[str, list[StepResult]] = {"ours": [], "host": []}
-
-    def recorder(name: str):
-        return lambda _: lambda r: seen[name].append(replace(r, latents=r.latents.copy()))
-
-    ours = pipeline_of(backend, digits_pipeline)
-    ours.generate([8, 9], [1, 2], "gtr-fast")  # leaves latents behind
-    for _ in range(2):
-        seen["ours"].clear()
-        ours.generate([3, 7], plan="gtr-fast", observer=recorder("ours"))
-    digits_pipeline.generate([3, 7], plan="gtr-fast", observer=recorder("host"))
-    assert len(seen["ours"]) == len(seen["host"]) > 3
-    for mine, theirs in zip(seen["ours"], seen["host"], strict=True):
-        assert mine.step == theirs.step
-        assert np.array_equal(mine.predicted, theirs.predicted)
-        assert np.array_equal(mine.refined, theirs.refined)
-        np.testing.assert_allclose(mine.latents, theirs.latents, atol=1e-5)
-    assert any(result.refined.any() for result in seen["ours"])
 
 
 def test_a_replayed_generation_is_one_upload_one_launch_one_download(
