@@ -77,6 +77,7 @@ class HostLoopBackend(ABC):
         branches, batch, predicted, width = z.shape
         sorted_z = z.value.reshape(branches, batch * predicted, width)[:, chain.rows]
         x = chain.x.copy()
+        step = self.run if self.hook else self.run_graph  # a thousand calls an image
         for segment in chain.segments:
             n = segment.rows
             inputs = {"x": x[:n], "z": np.ascontiguousarray(sorted_z[:, :n]), "guidance": chain.guidance[:n]}
@@ -84,7 +85,7 @@ class HostLoopBackend(ABC):
                 inputs["timestep"] = segment.timesteps[index]
                 inputs["coefficients"] = segment.coefficients[index]
                 inputs["noise"] = segment.noise[index]
-                inputs["x"] = self.run("diffusion_step", inputs)[0]
+                inputs["x"] = step("diffusion_step", inputs)[0]
             x[:n] = inputs["x"]
         return x
 

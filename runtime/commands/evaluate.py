@@ -177,11 +177,6 @@ def evaluate(
         raise GtrError("--plot needs times: every image was read from --save-images, and none was made")
 
 
-for _parameter in evaluate.params:
-    if _parameter.name == "plan":
-        _parameter.opts.append("--plans")  # what the same option of gtr-export verify is called
-
-
 def open_measure(bundle: Bundle, reference: Path | None, weights: Path | None, engine: BackendOptions) -> Measure:
     """The feature space that suits a model's pictures: the real digits' where its classes are the digits, else
     Inception's.

@@ -82,11 +82,13 @@ def plan_options(multiple: bool = False) -> Callable[[Callable[..., Any]], Calla
     several = " Several, separated by commas." if multiple else ""
     text = f"Preset: {', '.join(preset_names())}.{several}"
 
+    names = ("--plan", "--plans") if multiple else ("--plan",)
+
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         wrapped = with_options(
             command, {"plan_stages": option, **options}, lambda values: {"overrides": given(values, "plan_")}
         )
-        return click.option("--plan", default="gtr", show_default=True, help=text)(wrapped)
+        return click.option(*names, "plan", default="gtr", show_default=True, help=text)(wrapped)
 
     return decorate
 

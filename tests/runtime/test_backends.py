@@ -19,7 +19,7 @@ from golden import relative_error
 from gtr_deploy.runtime.backends.choice import choose_backend, open_backend, resolve_backend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from gtr_deploy.runtime.backends.onnxruntime.bound import ALIGNMENT, _Packed
-from gtr_deploy.runtime.backends.registry import FASTER_ON_VNNI
+from gtr_deploy.runtime.backends.registry import OPENVINO_PRECISIONS
 from gtr_deploy.runtime.backends.row import BackendOptions
 from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet
 from gtr_deploy.runtime.bundle.reader import Bundle
@@ -206,11 +206,13 @@ class TestChoice:
     def test_the_cpu_decides_between_the_two(self, bundle: Bundle, feature: str) -> None:
         machine = replace(BARE, versions={"onnxruntime": "1.31.1", "openvino": "2026.4.1"})
         vnni = replace(machine, cpu_features=("avx2", feature))
-        for precision in FASTER_ON_VNNI:
+        for precision in OPENVINO_PRECISIONS:
             assert choose_backend(changed(bundle, precision=precision), machine)[0] == "onnxruntime"
             name, why = choose_backend(changed(bundle, precision=precision), vnni)
             assert name == "openvino"
             assert "on CPUs with VNNI" in why
+            amx = replace(vnni, cpu_features=("avx2", feature, "amx_int8"))
+            assert choose_backend(changed(bundle, precision=precision), amx)[0] == "onnxruntime"
         assert choose_backend(changed(bundle, precision="fp16"), vnni)[0] == "onnxruntime"
 
     def test_an_old_openvino_is_not_chosen(self, bundle: Bundle) -> None:
