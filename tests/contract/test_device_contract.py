@@ -165,7 +165,9 @@ def test_a_hook_sees_the_parts_and_changes_nothing(opened: Opener) -> None:
     wanted = pipeline.generate(REQUESTS, SEEDS, "gtr-fast")
     seconds: dict[str, float] = {}
     pipeline.backend.hook = lambda call: seconds.update({call.kind: seconds.get(call.kind, 0.0) + call.seconds})
-    found = pipeline.generate(REQUESTS, SEEDS, "gtr-fast")
+    shown: list[StepResult] = []
+    found = pipeline.generate(REQUESTS, SEEDS, "gtr-fast", observer=lambda _: shown.append)
+    assert len(shown) == len(found.plan.steps)
     assert set(seconds) == {"backbone", "diffusion_step", "decoder"}
     assert all(value > 0 for value in seconds.values())
     _agrees(found.latents, wanted.latents)

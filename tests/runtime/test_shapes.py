@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import ARCHITECTURES, PLAN_DEFAULTS, class_labels
+from msgspec import structs
 
 from gtr_deploy.runtime.backends.tensorrt.device_layout import ALIGNMENT, device_layout, ordered_to_grid
+from gtr_deploy.runtime.models.architecture import Decoder
 from gtr_deploy.runtime.sampling.chains import chain_shape
 from gtr_deploy.runtime.sampling.job import generation_job
 from gtr_deploy.runtime.sampling.noise import SeededNoise
@@ -134,3 +136,27 @@ def test_latents_go_back_to_the_grid() -> None:
     grid = rng.standard_normal((2, 6, 3)).astype(np.float32)
     made = np.take_along_axis(grid, orders[:, :, None], axis=1)
     assert np.array_equal(ordered_to_grid(made, orders), grid)
+
+
+def test_rows_of_nine_channels_on_an_odd_grid_are_aligned_too() -> None:
+    odd = structs.replace(
+        ARCHITECTURES["mar-digits"],
+        grid=(3, 5),
+        buffer=0,
+        token_channels=9,
+        decoder=Decoder(kind="patches", stride=1, patch=3),
+    )
+    plan = resolve(preset("gtr-fast", odd, {"max_timestep": 950}), odd)
+    layout = device_layout(plan, odd, 3)
+    padded = [block for step in layout.steps for block in step.inputs.values() if block.stride is not None]
+    assert padded
+    assert all(block.stride % ALIGNMENT == 0 for block in padded)  # type: ignore[operator]
+    area, seeds = np.zeros(layout.inputs_size, dtype=np.uint8), [1, 2, 3]
+    noise = SeededNoise(seeds, 9)
+    job = generation_job(plan, odd, class_labels([1, 2, 3], 10), seeds, noise)
+    layout.fill_inputs(area, job)
+    first = layout.steps[0]
+    positions = job.orders[:, : first.step.predicted]
+    drawn = noise.draw(np.repeat([0, 1, 2], first.step.predicted), positions.ravel(), first.step.diffusion_steps)
+    assert np.array_equal(first.inputs["x"].view(area), drawn[:, 0])
+    assert np.array_equal(first.inputs["noise"].view(area), drawn[:, 1:].transpose(1, 0, 2))

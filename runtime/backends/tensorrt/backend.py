@@ -128,7 +128,7 @@ class TensorRTBackend:
         program = self._program(job.plan, len(job.orders))
         if self.hook is None:
             return program.run(job, observer)
-        latents, seconds = program.run_timed(job)
+        latents, seconds = program.run_timed(job, observer)
         for kind, spent in seconds.items():
             self.hook(GraphCall(kind, {}, (), spent))
         return latents

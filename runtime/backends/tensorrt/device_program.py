@@ -141,17 +141,21 @@ class DeviceProgram:
             if index not in self._graphs:
                 self._captured(index)
 
-    def run_timed(self, job: GenerationJob) -> tuple[Floats, dict[str, float]]:
+    def run_timed(self, job: GenerationJob, observer: Observer | None) -> tuple[Floats, dict[str, float]]:
         """Latents, and GPU seconds by kind of graph in an eager run; the gaps between calls count, too."""
         self._load(job)
-        marks = [("", self._mark())]
+        marks: list[tuple[str, int]] = []
         try:
             for layout in self.layout.steps:
+                marks.append(("", self._mark()))
                 _StepWork(self, layout).enqueue(lambda part: marks.append((part, self._mark())))
+                if observer is not None:
+                    self._show(layout, job.orders, observer)
             ordered = self._downloaded()
             seconds = {"backbone": 0.0, "diffusion_step": 0.0}
             for (_, before), (part, after) in pairwise(marks):
-                seconds[part] += self._cuda.elapsed(before, after)
+                if part:
+                    seconds[part] += self._cuda.elapsed(before, after)
         finally:
             for _, event in marks:
                 self._cuda.destroy_event(event)
