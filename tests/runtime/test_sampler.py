@@ -388,32 +388,3 @@ def test_a_refined_token_equals_the_same_token_run_alone(backend: TorchBackend, 
     assert relative_error(mixed[~marks], plain[~marks]) <= 1e-5
     assert relative_error(mixed[marks], extra[marks]) <= 1e-5
     assert relative_error(plain[marks], extra[marks]) > 1e-2
-
-
-@pytest.mark.parametrize("images", [2, 60])  # 60 images have more rows than the tables that are kept
-@pytest.mark.parametrize(
-    ("plain", "refined_count", "refined_steps"),
-    [(4, 2, 8), (8, 2, 4), (4, 2, 4), (4, 0, 0), (4, 6, 8)],
-    ids=["refined longer", "refined shorter", "equal", "none", "all"],
-)
-def test_a_chain_is_every_tokens_own(plain: int, refined_count: int, refined_steps: int, images: int) -> None:
-    """Row by row: the segments that it takes part in are the reverse process of its own length, with its own noise."""
-    predict = np.argsort(np.random.default_rng(0).random((images, 6)), axis=1)
-    refined = np.zeros((images, 6), dtype=bool)
-    refined[:, :refined_count] = True
-    noise = SeededNoise(range(images), 3)
-    chain = diffusion_chain(
-        reconstruction_step(6, plain, refined_count, refined_steps, 2.5), SMALL, predict, refined, noise
-    )
-    assert sorted(chain.rows.tolist()) == list(range(images * 6))
-    assert (chain.guidance == np.float32(2.5)).all()
-    for place, row in enumerate(chain.rows.tolist()):
-        image, token = divmod(row, 6)
-        count = refined_steps if refined[image, token] else plain
-        process = reverse_process(count, SMALL.max_timestep, SMALL.temperature)
-        mine = [segment for segment in chain.segments if place < segment.rows]
-        assert np.concatenate([s.timesteps[:, place] for s in mine]).tolist() == process.timesteps.tolist()
-        assert np.array_equal(np.concatenate([s.coefficients[:, place] for s in mine]), process.coefficients)
-        (drawn,) = noise.draw(np.array([image]), predict[image, [token]], count)
-        assert np.array_equal(chain.x[place], drawn[0])
-        assert np.array_equal(np.concatenate([s.noise[:, place] for s in mine]), drawn[1:])
