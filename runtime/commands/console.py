@@ -65,6 +65,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     be neither read nor copied, so what does not fit runs over.
     """
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
 
@@ -72,21 +73,22 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         click.echo(title)
     padding = 3 * len(columns) + 2
     if sys.stdout.isatty():
-        others = sum(max(map(len, cells)) for cells in list(zip(columns, *rows, strict=True))[:-1])
+        others = sum(max(map(cell_len, cells)) for cells in list(zip(columns, *rows, strict=True))[:-1])
         width = max(24, Console().width - others - padding)
         wrap = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
         rows = [[*row[:-1], wrap(row[-1])] for row in rows]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     needed = padding
     for index, column in enumerate(columns):
-        width = max(len(line) for text in (column, *(row[index] for row in rows)) for line in text.split("\n"))
+        width = max(cell_len(line) for text in (column, *(row[index] for row in rows)) for line in text.split("\n"))
         numeric = all(_looks_numeric(row[index]) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True, min_width=width)
         needed += width
     for row in rows:
         table.add_row(*row)
     # Wide enough for the table, whatever the terminal: a line that runs over is still whole when it is copied.
-    Console(file=sys.stdout, width=needed, highlight=False, markup=False, emoji=False).print(table)
+    # Without a height rich ignores the width where TERM is dumb: it takes 80 columns and cuts paths.
+    Console(file=sys.stdout, width=needed, height=25, highlight=False, markup=False, emoji=False).print(table)
 
 
 def _looks_numeric(text: str) -> bool:
@@ -116,7 +118,7 @@ class Reporter:
             from rich.console import Console
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
                 progress.add_task(name, total=None)
                 yield
@@ -133,7 +135,7 @@ class Reporter:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
                 TimeElapsedColumn(),
@@ -162,7 +164,7 @@ class Reporter:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             progress.add_task(name, total=None)
             yield Phases(None, progress)

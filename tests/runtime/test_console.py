@@ -105,24 +105,39 @@ def test_narrow_terminals_break_no_number(monkeypatch: pytest.MonkeyPatch, capsy
     assert max(len(line) for line in lines) < 110
 
 
+def test_live_progress_takes_brackets_for_brackets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = "/tmp/x[/y]"  # to rich, a closing tag that nothing opened
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    reporter = Reporter()
+    with reporter.stage(f"load {folder}"), reporter.bar(f"work in {folder}", 3, "steps") as bar:
+        bar.to(3)
+    with reporter.phases(f"build {folder}") as phases:
+        phases.start(f"part {folder}")
+    assert f"load {folder}: 0." in capsys.readouterr().err
+
+
 LONG_PATH = "/tmp/" + "/".join(f"a-rather-long-folder-name-{n}" for n in range(6)) + "/manifest.json"
 COMMAND = "gtr-export engine bundles/mar-h-fp16 --engine tensorrt"
 
 
 @pytest.mark.parametrize("columns", ["20", "40", "80", "200"])
-@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("terminal", ["", "xterm", "dumb"])
+@pytest.mark.parametrize("path", [LONG_PATH, "/tmp/日本語のとても長いフォルダー/模型"])
 def test_no_path_or_identifier_is_broken(
-    columns: str, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    columns: str, terminal: str, path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: bool(terminal))
+    monkeypatch.setenv("TERM", terminal)
     monkeypatch.setenv("COLUMNS", columns)
-    prose = f"the graphs in {LONG_PATH} differ from what the manifest says; {COMMAND} builds them again"
-    print_table(
-        ["what", "detail"], [[LONG_PATH, prose], ["tensorrt-rtx-1.7.1.116-sm89", "ok"]], title=f"of {LONG_PATH}"
-    )
+    prose = f"the graphs in {path} differ from what the manifest says; {COMMAND} builds them again"
+    print_table(["what", "detail"], [[path, prose], ["tensorrt-rtx-1.7.1.116-sm89", "ok"]], title=f"of {path}")
     output = click.unstyle(capsys.readouterr().out)
-    assert output.splitlines()[0] == f"of {LONG_PATH}"
-    assert output.count(LONG_PATH) == 3
+    assert output.splitlines()[0] == f"of {path}"
+    assert output.count(path) == 3
     for word in (*COMMAND.split(), "tensorrt-rtx-1.7.1.116-sm89"):
         assert word in output.split()
     if not terminal:
