@@ -35,8 +35,10 @@ def examine() -> list[Finding]:
             findings.append(Finding(name, "missing", f"needed for {purpose}; {remedy}"))
         else:
             findings.append(Finding(name, "ok", f"{found} ({purpose})"))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    findings.append(Finding("machine", "info", f"{os.cpu_count()} CPUs, {memory:.0f} GiB memory"))
+    machine = f"{os.cpu_count()} CPUs"
+    if hasattr(os, "sysconf"):  # not there on Windows
+        machine += f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB memory"
+    findings.append(Finding("machine", "info", machine))
     folder = cache_dir()
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 2**30

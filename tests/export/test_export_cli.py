@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,6 +155,12 @@ def test_doctor(export_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = [f for f in json.loads(result.stdout) if f["status"] == "missing"]
     assert {f["subject"] for f in missing} == {"torch", "onnx", "onnxscript", "safetensors", "onnxruntime"}
     assert all("pip install 'gtr-deploy[" in f["detail"] for f in missing)
+
+
+def test_doctor_works_where_the_memory_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sysconf")  # as on Windows
+    (machine,) = [finding.detail for finding in doctor.examine() if finding.subject == "machine"]
+    assert machine == f"{os.cpu_count()} CPUs"
 
 
 def test_doctor_finds_packages_by_their_installed_name() -> None:
