@@ -52,6 +52,7 @@ wheel: $(VENV)/.test
 	dist/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[cpu]"
 	cd dist && venv/bin/gtr-run plan mar-h && venv/bin/gtr-run doctor
 	printf 'from gtr_deploy import Pipeline\nPipeline.load(3, threads="x")\n' > dist/wrong.py
+	echo '{}' > dist/pyrightconfig.json # or this project's own is found, and its typings/ answers for the wheel
 	cd dist && ! ../$(BIN)/basedpyright --pythonpath venv/bin/python wrong.py > wrong.txt
 	grep -q 'reportArgumentType' dist/wrong.txt
 
