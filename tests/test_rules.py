@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_files_are_short() -> None:
         for path in _sources(part):
             lines = len(path.read_text(encoding="utf-8").splitlines())
             assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines; look for the second thing in it"
+
+
+def test_every_package_and_data_folder_is_in_the_wheel() -> None:
+    """pyproject.toml lists them by hand; an editable install works without the entry, a wheel does not."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    code = {path.parent.relative_to(ROOT) for part in (*PARTS, "gtr_deploy") for path in _sources(part)}
+    data = {path.relative_to(ROOT).parent for part in PARTS for path in (ROOT / part).rglob("data")}
+
+    def name(folder: Path) -> str:
+        return ".".join(folder.parts if folder.parts[0] == "gtr_deploy" else ("gtr_deploy", *folder.parts))
+
+    assert {name(folder) for folder in code} == set(setup["packages"])
+    assert {name(folder) for folder in data} == {p for p, globs in setup["package-data"].items() if "data/*" in globs}
 
 
 def test_shipped_model_is_small_and_has_a_card() -> None:
