@@ -88,6 +88,15 @@ def test_generations_equal_onnx_runtime(
                 assert worst <= IMAGE_TOLERANCES[precision]
 
 
+def test_one_seed_one_image(opened: Callable[..., Pipeline]) -> None:
+    """In half precision; tests/contract has the same in float32."""
+    pipeline = opened("fp16", "auto")
+    together = pipeline.generate(LABELS, SEEDS, "gtr-fast").latents
+    for index in (0, 3):
+        alone = pipeline.generate(LABELS[index : index + 1], SEEDS[index : index + 1], "gtr-fast").latents
+        assert relative_error(alone[0], together[index]) <= IMAGE_TOLERANCES["fp16"]
+
+
 def test_the_doctor_says_that_it_runs(engines: Callable[[str], Bundle], flavour: str) -> None:
     findings = diagnose(examine_machine(), engines("fp16"))
     assert [f.status for f in findings if f.subject == f"backend {flavour}"] == ["ok"]
