@@ -92,7 +92,7 @@ def own_bundle(digits_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def digits_pipeline(digits_bundle: Path) -> Pipeline:
     """The shipped model on ONNX Runtime, one thread."""
-    return Pipeline.load(Bundle.load(digits_bundle), threads=1)
+    return Pipeline.load(Bundle.load(digits_bundle), "onnxruntime", threads=1)
 
 
 @pytest.fixture

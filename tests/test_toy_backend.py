@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from gtr_deploy.runtime.backends import registry
 from gtr_deploy.runtime.backends.choice import choose_backend
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.errors import BackendError
-from gtr_deploy.runtime.machine.examine import examine_machine
+from gtr_deploy.runtime.machine.examine import Gpu, examine_machine
 from gtr_deploy.runtime.pipeline import Pipeline
 
 Cli = Callable[..., Result]
@@ -75,3 +76,50 @@ def test_an_unknown_one_is_one_line(run_cli: Cli, digits_bundle: Path, tmp_path:
     assert "'toy'" in done.stderr
     with pytest.raises(BackendError, match="not one of auto, onnxruntime, openvino, tensorrt, tensorrt-rtx, toy"):
         Pipeline.load(digits_bundle, backend="caffe")
+
+
+@pytest.mark.parametrize("gpu", [None, Gpu("A GPU", "9.0", 1 << 30, "13.0")])
+def test_why_says_nothing_of_other_libraries(
+    digits_bundle: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None
+) -> None:
+    bundle = Bundle.load(digits_bundle)
+    machine = replace(examine_machine(), gpu=gpu, onnxruntime_providers=("CUDAExecutionProvider",))
+    monkeypatch.setattr("toy.backend.ROW", replace(ROW, rank=lambda bundle, machine: 1000))
+    assert choose_backend(bundle, machine) == ("toy", "its rank is the highest")
+    because = replace(ROW, rank=lambda bundle, machine: 1000, because=lambda bundle, machine: "it is ours")
+    monkeypatch.setattr("toy.backend.ROW", because)
+    assert choose_backend(bundle, machine) == ("toy", "it is ours")
+
+
+def test_it_may_need_any_distribution(digits_bundle: Path) -> None:
+    bundle, machine = Bundle.load(digits_bundle), examine_machine()
+    assert replace(ROW, library="rich", oldest=(13,)).refusal(bundle, machine) == ""
+    assert "is too old, 9999 is needed" in replace(ROW, library="rich", oldest=(9999,)).refusal(bundle, machine)
+    assert replace(ROW, library="no-such-thing").refusal(bundle, machine) == "no-such-thing is not installed"
+
+
+@pytest.mark.parametrize("question", ["lacks", "refuses", "rank", "because", "what"])
+def test_a_row_that_fails_takes_nothing_with_it(
+    question: str, run_cli: Cli, digits_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> Any:
+        raise ZeroDivisionError("ours\nbroke")
+
+    row = replace(ROW, **{"rank": lambda bundle, machine: 1000, question: fails})  # type: ignore[arg-type]
+    monkeypatch.setattr("toy.backend.ROW", row)
+    assert choose_backend(Bundle.load(digits_bundle), examine_machine())[0] in ("toy", "onnxruntime", "openvino")
+    done = run_cli("doctor", digits_bundle, "--json")
+    assert done.exit_code == 0, done.output
+    (found,) = [finding for finding in json.loads(done.stdout)["findings"] if finding["subject"] == "backend toy"]
+    refused = question in ("lacks", "refuses")
+    assert found["status"] == ("missing" if refused else "ok")
+    if refused or question == "what":
+        assert found["detail"] == "its row fails: ZeroDivisionError: ours broke"
+
+
+def test_it_cannot_take_the_name_of_another(run_cli: Cli, digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("onnxruntime", "toy.backend:ROW", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    findings = json.loads(run_cli("doctor", digits_bundle, "--json").stdout)["findings"]
+    assert [f["status"] for f in findings if f["subject"] == "backend onnxruntime"] == ["missing"]
+    assert Pipeline.load(digits_bundle, backend="onnxruntime", provider="cpu").backend.name == "onnxruntime"

@@ -9,7 +9,7 @@ from ..bundle.engine_sets import FLAVOURS
 from ..errors import BackendError, UsageError
 from ..machine.examine import examine_machine, library_version
 from .protocol import CUDA_GRAPH_MODES, Backend
-from .registry import ONNXRUNTIME_CPU, backend_names, backend_rows, engine_refusals, lacks_cuda_provider
+from .registry import ONNXRUNTIME_CPU, ROWS, backend_names, backend_rows, engine_refusals, lacks_cuda_provider
 from .row import PROVIDERS, BackendOptions, BackendRow
 
 if TYPE_CHECKING:
@@ -34,10 +34,15 @@ def choose_backend(bundle: Bundle, machine: Machine) -> tuple[str, str]:
         return row.name, f"the bundle's engines {key} run here"
     refused = next((item for found in refusals.values() for item in found.items()), None)
     note = f"engines {refused[0]} cannot run here ({refused[1]}); " if refused else ""
+    because = row.because(bundle, machine)
+    if row not in ROWS:
+        return row.name, note + (because or "its rank is the highest")
     if row.provider == "cuda" and machine.gpu is not None:
         return row.name, f"{note or 'the bundle has no engines; '}its CUDA provider runs on {machine.gpu.name}"
+    # Where ONNX Runtime could use the GPU and does not, something else was wrong with its row.
     missing = machine.gpu_problem if machine.gpu is None else "this onnxruntime has no CUDA provider"
-    because = row.because(bundle, machine)
+    if machine.gpu is not None and not lacks_cuda_provider(machine):
+        missing = next(row.refusal(bundle, machine) for row in ROWS if row.provider == "cuda")
     return row.name, f"{note}on the CPU: {missing}" + (f"; {because}" if because else "")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..bundle.engine_sets import rebuild_command, refusal
 from ..errors import BackendError, BundleError
@@ -227,16 +227,48 @@ def backend_rows() -> tuple[BackendRow, ...]:
 def _loaded(name: str, load: Callable[[], object]) -> BackendRow:
     try:
         row = load()
-        if isinstance(row, BackendRow):
-            return replace(row, name=name)
-        reason = f"its entry point gives a {type(row).__name__}, not a BackendRow"
+        if name in (row.name for row in ROWS):
+            reason = "an entry point cannot have the name of a backend of the runtime"
+        elif isinstance(row, BackendRow):
+            return _guarded(replace(row, name=name))
+        else:
+            reason = f"its entry point gives a {type(row).__name__}, not a BackendRow"
     except Exception as error:  # somebody else's code; it must not take doctor and the other backends with it
-        reason = f"its entry point cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"its entry point cannot be loaded: {_told(error)}"
 
     def refused(*_: object) -> Backend:
         raise BackendError(f"backend {name}: {reason}")
 
     return BackendRow(name, refused, lacks=lambda machine: reason)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _guarded(row: BackendRow) -> BackendRow:
+    """A row whose questions always have an answer: one that raises refuses, has no rank and says nothing."""
+
+    def asked(question: Callable[..., Any], answer: Callable[[Exception], Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                return question(*arguments)
+            except Exception as error:  # somebody else's code
+                return answer(error)
+
+        return call
+
+    def refusing(error: Exception) -> str:
+        return f"its row fails: {_told(error)}"
+
+    return replace(
+        row,
+        lacks=asked(row.lacks, refusing),
+        refuses=asked(row.refuses, refusing),
+        rank=asked(row.rank, lambda error: None),
+        because=asked(row.because, lambda error: ""),
+        what=row.what if isinstance(row.what, str) else asked(row.what, refusing),
+    )
 
 
 def backend_names() -> tuple[str, ...]:

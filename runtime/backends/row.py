@@ -51,7 +51,8 @@ class BackendRow:
         open: (bundle, options, compare checksums) to the backend.
         what: what it is, one line for doctor; (machine, bundle or None) to it where that depends.
         provider: ``cpu`` or ``cuda`` where a library has a row for each.
-        library: that it needs, a key of ``Machine.versions``; None if :attr:`lacks` knows alone.
+        library: that it needs, a key of ``Machine.versions`` or the name of a distribution; None if :attr:`lacks` knows
+            alone.
         oldest: version of the library, such as (2026, 3).
         install: the line that installs it.
         gpu: it needs one.
@@ -88,9 +89,10 @@ class BackendRow:
     def problem(self, machine: Machine) -> str:
         """Why it runs nothing on this machine, and the line that mends it; empty if it can."""
         if self.library is not None:
-            found = machine.versions.get(self.library)
+            found = machine.version_of(self.library)
             if found is None:
-                return f"{machine.problems.get(self.library) or f'{self.library} is not installed'}; {self.install}"
+                missing = machine.problems.get(self.library) or f"{self.library} is not installed"
+                return f"{missing}; {self.install}" if self.install else missing
             if reason := self.age_problem(found):
                 return reason
         if self.gpu and machine.gpu is None:

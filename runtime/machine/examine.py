@@ -99,6 +99,10 @@ class Machine:
     openvino_capabilities: tuple[str, ...] = ()
     cpu_features: tuple[str, ...] = ()
 
+    def version_of(self, library: str) -> str | None:
+        """Of one of :attr:`versions`, or of any other installed distribution; None if it cannot be used."""
+        return self.versions.get(library) if library in _LIBRARIES else _distribution_version(library)
+
 
 def examine_machine() -> Machine:
     """Looks at this machine; never raises."""
