@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -52,8 +53,14 @@ def read_json(path: Path) -> Any:
     Raises:
         BundleError: missing, unreadable, or not JSON (duplicate keys count as not JSON).
     """
+    return read_json_and_bytes(path)[0]
+
+
+def read_json_and_bytes(path: Path) -> tuple[Any, bytes]:
+    """The same, and the very bytes that it was read from, for a stricter reader."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        content = path.read_bytes()
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique), content
     except FileNotFoundError:
         raise BundleError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -74,12 +81,11 @@ def link_or_copy(source: Path, target: Path) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    try:
-        if source.suffix == ".data":
-            raise OSError("not to be linked")
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    if source.suffix != ".data":
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def sha256(path: Path) -> str:

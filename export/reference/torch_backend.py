@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...runtime.backends.host_loop import HostLoopBackend
+from ...runtime.backends.protocol import hooked
 from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import BackendError, GtrError
@@ -83,12 +84,12 @@ class TorchBackend(HostLoopBackend):
         self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays
     ) -> BackboneOutput:
         inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, **conditioning}
-        (z,) = self.hooked("backbone", inputs, lambda: self._called("backbone", inputs))
+        (z,) = hooked(self.hook, "backbone", inputs, lambda: self._called("backbone", inputs))
         branches, batch, predicted, width = z.shape
         return BackboneOutput((branches, batch, predicted, width), z)
 
     def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
-        score, norm = self.hooked("detail_score", {}, lambda: self._called("detail_score", {"z": z.value[0]}))
+        score, norm = hooked(self.hook, "detail_score", {}, lambda: self._called("detail_score", {"z": z.value[0]}))
         return score.cpu().numpy(), norm.cpu().numpy()
 
     def run_graph(self, kind: str, inputs: Mapping[str, NDArray]) -> list[NDArray]:
@@ -101,7 +102,7 @@ class TorchBackend(HostLoopBackend):
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
-        return self.hooked("diffusion_step", {}, lambda: (self._denoised(z, chain),))[0]
+        return hooked(self.hook, "diffusion_step", {}, lambda: (self._denoised(z, chain),))[0]
 
     @torch.inference_mode()
     def _denoised(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:

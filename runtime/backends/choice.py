@@ -46,7 +46,8 @@ def choose_backend(bundle: Bundle, machine: Machine) -> tuple[str, str]:
     return row.name, f"{note}on the CPU: {missing}" + (f"; {because}" if because else "")
 
 
-def _row(options: BackendOptions) -> BackendRow:
+def row_of(options: BackendOptions) -> BackendRow:
+    """The row of a backend that has been resolved."""
     rows = [row for row in backend_rows() if row.name == options.backend]
     return next((row for row in rows if row.provider == options.provider), rows[0])
 
@@ -71,11 +72,12 @@ def resolve_backend(bundle: Bundle, options: BackendOptions) -> tuple[BackendOpt
     why = None
     if options.backend == "auto" and options.provider != "auto":
         options, why = replace(options, backend="onnxruntime"), f"--provider {options.provider} is ONNX Runtime's"
-    elif options.backend == "auto":
-        name, why = choose_backend(bundle, examine_machine())
+    depends = options.backend == "auto" or (options.backend, options.provider) == ("onnxruntime", "auto")
+    machine = examine_machine() if depends else None
+    if machine is not None and options.backend == "auto":
+        name, why = choose_backend(bundle, machine)
         options = replace(options, backend=name)
-    if options.backend == "onnxruntime" and options.provider == "auto":
-        machine = examine_machine()
+    if machine is not None and options.backend == "onnxruntime" and options.provider == "auto":
         cuda = machine.gpu is not None and not lacks_cuda_provider(machine)
         options = replace(options, provider="cuda" if cuda else "cpu")
     if options.backend == "onnxruntime" and options.provider == "cpu" and bundle.precision == "fp8":
@@ -104,8 +106,8 @@ def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True
         UsageError: options that do not go together.
     """
     options, _ = resolve_backend(bundle, options)
-    row = _row(options)
-    found = library_version(row.library) if row.library else None
+    row = row_of(options)
+    found = library_version(row.library) if row.library and row.oldest else None
     if reason := (found and row.age_problem(found)) or row.precision_problem(bundle):
         raise BackendError(reason)
     return row.open(bundle, options, checksums)

@@ -5,10 +5,9 @@ A backend needs ``run_graph`` alone; what its library can do better, such as kee
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +17,7 @@ from ..sampling.chains import DiffusionChain, Floats, Integers
 from ..sampling.job import GenerationJob, Observer
 from ..sampling.loop import BackboneOutput, generate_on_host
 from ..sampling.plan import SamplingPlan
-from .protocol import CallHook, GraphCall
-
-Outputs = TypeVar("Outputs", bound=Sequence[Any])
+from .protocol import CallHook, hooked
 
 
 class HostLoopBackend(ABC):
@@ -48,18 +45,7 @@ class HostLoopBackend(ABC):
         """Nothing to give back."""
 
     def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        if self.hook is None:
-            return self.run_graph(kind, inputs)
-        return self.hooked(kind, inputs, lambda: self.run_graph(kind, inputs))
-
-    def hooked(self, kind: str, inputs: Mapping[str, NDArray[Any]], call: Callable[[], Outputs]) -> Outputs:
-        """A call that the hook gets to see."""
-        if self.hook is None:
-            return call()
-        start = time.perf_counter()
-        outputs = call()
-        self.hook(GraphCall(kind, inputs, outputs, time.perf_counter() - start))
-        return outputs
+        return hooked(self.hook, kind, inputs, lambda: self.run_graph(kind, inputs))
 
     def backbone(
         self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,20 @@ class GraphCall:
 
 
 CallHook = Callable[[GraphCall], None]
+
+Outputs = TypeVar("Outputs", bound=Sequence[Any])
+
+
+def hooked(
+    hook: CallHook | None, kind: str, inputs: Mapping[str, NDArray[Any]], call: Callable[[], Outputs]
+) -> Outputs:
+    """A call that the hook, if there is one, gets to see."""
+    if hook is None:
+        return call()
+    start = time.perf_counter()
+    outputs = call()
+    hook(GraphCall(kind, inputs, outputs, time.perf_counter() - start))
+    return outputs
 
 
 class Backend(Protocol):

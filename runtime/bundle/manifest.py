@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from ..errors import BundleError
-from ..files import atomic_path, inside, read_json, sha256
+from ..files import atomic_path, inside, read_json_and_bytes, sha256
 from ..models.graphs import PRECISIONS, TensorSpec
 from ..sampling.shapes import Profile
 
@@ -255,7 +255,7 @@ def read_manifest(folder: Path) -> Manifest:
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder; gtr-export build makes a bundle")
         raise BundleError(f"{folder} has no {MANIFEST}: not a bundle, or a build that did not finish")
-    document = read_json(path)  # refuses what msgspec lets through: a key that stands twice
+    document, content = read_json_and_bytes(path)  # refuses what msgspec lets through: a key that stands twice
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError(f"{path} is not the manifest of a {FORMAT}")
     if document.get("schema") != SCHEMA:
@@ -264,7 +264,7 @@ def read_manifest(folder: Path) -> Manifest:
             "rebuild the bundle with gtr-export build, or install the matching gtr-deploy"
         )
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+        return msgspec.json.decode(content, type=Manifest)
     except msgspec.ValidationError as error:
         raise BundleError(f"{path}: {_explained(document, error)}") from None
     except (msgspec.DecodeError, RecursionError) as error:

@@ -98,19 +98,18 @@ def _sizes(text: str) -> list[int]:
 
 def _every_backend(bundle: Bundle, engine: BackendOptions) -> tuple[str, str | None, dict[str, BackendOptions]]:
     """The backend that is taken by itself, why, and the options of every one that can run here."""
-    from ..backends.choice import resolve_backend
+    from ..backends.choice import resolve_backend, row_of
     from ..backends.registry import backend_rows
     from ..machine.examine import examine_machine
 
     resolved, why = resolve_backend(bundle, engine)
-    taken = f"{resolved.backend} {resolved.provider}" if resolved.backend == "onnxruntime" else resolved.backend
     machine = examine_machine()
     options = {
         row.label: replace(engine, backend=row.name, provider=row.provider or "auto")
         for row in backend_rows()
         if row.name != "torch" and not row.refusal(bundle, machine)
     }
-    return taken, why, options
+    return row_of(resolved).label, why, options
 
 
 def _measure(

@@ -8,17 +8,16 @@ from typing import Any
 from ..errors import GtrError
 
 
-def load_plugin(group: str, name: str, missing: str, error: type[GtrError] = GtrError) -> Any:
+def load_plugin(group: str, name: str, missing: str) -> Any:
     """What an entry point stands for.
 
     Args:
         missing: the line for people where it is not installed.
-        error: the exception to raise with it.
     """
     found = tuple(entry_points(group=group, name=name))
     if not found:
-        raise error(missing)
+        raise GtrError(missing)
     try:
         return found[0].load()
     except ImportError as cause:
-        raise error(f"{missing} ({cause})") from None
+        raise GtrError(f"{missing} ({cause})") from None

@@ -7,7 +7,6 @@ nor an engine. What only one family has is a field of its own subclass (mar.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -16,24 +15,9 @@ Size = Annotated[int, Meta(ge=1, le=1 << 16)]
 """A count of channels, tokens or layers; no model needs more, and a manifest that lies allocates no terabytes."""
 
 
-@dataclass(frozen=True)
-class DecoderKind:
-    """What a kind of decoder is, whatever its sizes.
-
-    Attributes:
-        weights: it has weights of its own, in a VAE's file.
-        why: for people.
-    """
-
-    weights: bool
-    why: str
-
-
-DECODERS: dict[str, DecoderKind] = {
-    "kl16": DecoderKind(True, "latent-diffusion VAE of stride 16, MAR's own"),
-    "patches": DecoderKind(False, "a token is a square of grey pixels"),
-}
-"""The decoders that latents can be turned into pixels with; the torch side is export/graphs/decoders.py."""
+DECODERS: dict[str, bool] = {"kl16": True, "patches": False}
+"""Kind of decoder to whether it has weights of its own, in a VAE's file: latent diffusion's VAE of stride 16, which is
+MAR's; tokens that are squares of grey pixels. The torch side is export/graphs/decoders.py."""
 
 
 class Decoder(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -60,7 +44,7 @@ class Decoder(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     @property
     def has_weights(self) -> bool:
         """Whether it comes with a weights file."""
-        return DECODERS[self.kind].weights
+        return DECODERS[self.kind]
 
 
 class Architecture(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="family", tag="any"):

@@ -57,23 +57,20 @@ class ChainTables:
     """The reverse steps of one AR step, per token.
 
     Attributes:
-        shape: how they divide.
         alone: those that the longer chain takes alone; none where all chains are equally long.
         long, short: the common ones, of the longer chain and of the other.
     """
 
-    shape: ChainShape
     alone: ReverseProcess
     long: ReverseProcess
     short: ReverseProcess
 
 
-def chain_tables(step: ARStep, settings: PlanSettings) -> ChainTables:
-    """Timesteps and coefficients of one AR step."""
-    shape = chain_shape(step)
-    longer = reverse_process(shape.alone + shape.common, settings.max_timestep, settings.temperature)
-    short = reverse_process(shape.common, settings.max_timestep, settings.temperature)
-    return ChainTables(shape, longer.part(0, shape.alone), longer.part(shape.alone), short)
+def chain_tables(shape: ChainShape, max_timestep: int, temperature: float) -> ChainTables:
+    """Timesteps and coefficients of chains that divide like this."""
+    longer = reverse_process(shape.alone + shape.common, max_timestep, temperature)
+    short = reverse_process(shape.common, max_timestep, temperature)
+    return ChainTables(longer.part(0, shape.alone), longer.part(shape.alone), short)
 
 
 @dataclass(frozen=True)
@@ -122,22 +119,23 @@ def diffusion_chain(
         refined: bool [B, P].
         noise: the noise of every token.
     """
-    tables = chain_tables(step, settings)
-    alone, common = tables.shape.alone, tables.shape.common
+    shape = chain_shape(step)
+    alone, common = shape.alone, shape.common
     long = np.zeros(predict.size, dtype=bool)
-    if tables.shape.longer:
-        long = refined.ravel() == tables.shape.refined_longer
+    if shape.longer:
+        long = refined.ravel() == shape.refined_longer
     images, positions = np.repeat(np.arange(len(predict)), predict.shape[1]), predict.ravel()
     groups = [(np.flatnonzero(members), count) for members, count in ((long, alone + common), (~long, common))]
     rows = np.concatenate([members for members, _ in groups])
     draws = [noise.draw(images[members], positions[members], count) for members, count in groups if len(members)]
     noises = [draws[0][:, 1 : 1 + alone]] if alone else []
     noises.append(np.concatenate([draw[:, -common:] for draw in draws]))
+    sizes = len(groups[0][0]), len(groups[1][0])
     row_tables = _cached_tables if len(rows) <= CACHED_ROWS else _row_tables
     segments = [
         ChainSegment(timesteps.shape[1], timesteps, coefficients, np.ascontiguousarray(part.transpose(1, 0, 2)))
         for (timesteps, coefficients), part in zip(
-            row_tables(alone, common, int(long.sum()), int((~long).sum()), settings.max_timestep, settings.temperature),
+            row_tables(shape, sizes, settings.max_timestep, settings.temperature),
             noises,
             strict=True,
         )
@@ -147,12 +145,16 @@ def diffusion_chain(
 
 
 def _row_tables(
-    alone: int, common: int, longer: int, others: int, max_timestep: int, temperature: float
+    shape: ChainShape, sizes: tuple[int, int], max_timestep: int, temperature: float
 ) -> list[tuple[Integers, Floats]]:
-    """Per segment timesteps [S, n] and coefficients [S, n, K]. Not to be written to: small ones are kept."""
-    long, short = (reverse_process(count, max_timestep, temperature) for count in (alone + common, common))
-    segments = [[(long.part(0, alone), longer)]] if alone else []
-    segments.append([(long.part(alone), longer), (short, others)])
+    """Per segment timesteps [S, n] and coefficients [S, n, K]. Not to be written to: small ones are kept.
+
+    Args:
+        sizes: rows of the batch with the longer chain, and others.
+    """
+    tables, (longer, others) = chain_tables(shape, max_timestep, temperature), sizes
+    segments = [[(tables.alone, longer)]] if shape.alone else []
+    segments.append([(tables.long, longer), (tables.short, others)])
     return [
         (
             np.concatenate([np.repeat(part.timesteps[:, None], rows, axis=1) for part, rows in groups], axis=1),

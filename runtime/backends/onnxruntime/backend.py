@@ -13,14 +13,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ...errors import BackendError
+from ...machine.examine import INSTALL
 from ...models.conditioning import Arrays
 from ...sampling.chains import DiffusionChain, Floats, Integers
 from ...sampling.loop import BackboneOutput
 from ..host_loop import HostLoopBackend
+from ..protocol import hooked
 from .bound import BoundGraphs
 
-INSTALL = "pip install 'gtr-deploy[cpu]'"
-INSTALL_CUDA = "pip install 'gtr-deploy[gpu]'"
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -76,7 +76,7 @@ class OnnxRuntimeBackend(HostLoopBackend):
         try:
             import onnxruntime
         except ImportError:
-            install = INSTALL_CUDA if provider == "cuda" else INSTALL
+            install = INSTALL["onnxruntime-cuda" if provider == "cuda" else "onnxruntime"]
             raise BackendError(f"ONNX Runtime is not installed; {install}") from None
         if provider not in PROVIDERS:
             raise BackendError(f"ONNX Runtime provider {provider!r} is not one of {', '.join(PROVIDERS)}")
@@ -144,7 +144,8 @@ class OnnxRuntimeBackend(HostLoopBackend):
         if active != PROVIDERS[self._provider]:
             raise BackendError(
                 f"ONNX Runtime fell back to {active} for GPU {self._device}: its CUDA provider did not start; check "
-                f"nvidia-smi and that CUDA and cuDNN fit this onnxruntime-gpu ({INSTALL_CUDA}), or use --provider cpu"
+                f"nvidia-smi and that CUDA and cuDNN fit this onnxruntime-gpu ({INSTALL['onnxruntime-cuda']}), "
+                "or use --provider cpu"
             )
         return session
 
@@ -175,19 +176,19 @@ class OnnxRuntimeBackend(HostLoopBackend):
             return super().backbone(tokens, visible, predict, context, conditioning)
         inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, **conditioning}
         with self._one_line_errors("backbone"):
-            return self.hooked("backbone", inputs, lambda: (bound.backbone(inputs),))[0]
+            return hooked(self.hook, "backbone", inputs, lambda: (bound.backbone(inputs),))[0]
 
     def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
         if (bound := self._bound) is None:
             return super().detail(z)
         with self._one_line_errors("detail_score"):
-            return self.hooked("detail_score", {}, lambda: bound.detail(z))
+            return hooked(self.hook, "detail_score", {}, lambda: bound.detail(z))
 
     def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         if (bound := self._bound) is None:
             return super().denoise(z, chain)
         with self._one_line_errors("diffusion_step"):
-            return self.hooked("diffusion_step", {}, lambda: (bound.denoise(z, chain),))[0]
+            return hooked(self.hook, "diffusion_step", {}, lambda: (bound.denoise(z, chain),))[0]
 
 
 def _check_cuda(runtime: Any) -> None:
@@ -195,7 +196,7 @@ def _check_cuda(runtime: Any) -> None:
     if PROVIDERS["cuda"] not in available:
         raise BackendError(
             f"this onnxruntime {runtime.__version__} has no {PROVIDERS['cuda']} (it has {', '.join(available)}); "
-            f"pip uninstall onnxruntime, then {INSTALL_CUDA}"
+            f"pip uninstall onnxruntime, then {INSTALL['onnxruntime-cuda']}"
         )
     if hasattr(runtime, "preload_dlls"):
         # Finds CUDA and cuDNN where pip has put them; what it prints must not get into --json output.

@@ -21,6 +21,7 @@ from ...machine.openvino import cpu_capabilities, import_openvino
 from ...sampling.chains import DiffusionChain, Floats
 from ...sampling.loop import BackboneOutput
 from ..host_loop import HostLoopBackend
+from ..protocol import hooked
 from .library import read_onnx, reason
 from .split import Part, has_bfloat16, split, whole
 
@@ -120,7 +121,7 @@ class OpenVinoBackend(HostLoopBackend):
                     bound["timestep"][...] = segment.timesteps[index]
                     bound["coefficients"][...] = segment.coefficients[index]
                     bound["noise"][...] = segment.noise[index]
-                    bound["x"][...] = self.hooked("diffusion_step", bound, step.infer)[0]
+                    bound["x"][...] = hooked(self.hook, "diffusion_step", bound, step.infer)[0]
                 x[:n] = bound["x"]
         return x
 

@@ -6,7 +6,6 @@ graphs never run at the same time; programs (device_program.py) are kept per pla
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,7 +24,7 @@ from ...sampling.chains import Floats
 from ...sampling.job import GenerationJob, Observer, generation_job
 from ...sampling.noise import SeededNoise
 from ...sampling.plan import SamplingPlan
-from ..protocol import CUDA_GRAPH_MODES, CallHook, GraphCall
+from ..protocol import CUDA_GRAPH_MODES, CallHook, GraphCall, hooked
 from .device_layout import padded
 from .device_program import Capture, DeviceProgram
 from .engine import Engine, EngineCall
@@ -161,11 +160,7 @@ class TensorRTBackend:
         Raises:
             BackendError: a shape is in no profile, or the engine fails.
         """
-        start = time.perf_counter()
-        outputs = self._run(kind, inputs)
-        if self.hook is not None:
-            self.hook(GraphCall(kind, inputs, outputs, time.perf_counter() - start))
-        return outputs
+        return hooked(self.hook, kind, inputs, lambda: self._run(kind, inputs))
 
     def _run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         if kind not in self._engines:

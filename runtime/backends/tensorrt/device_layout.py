@@ -128,7 +128,7 @@ class DeviceLayout:
             step, split = layout.step, layout.split
             views = {name: block.view(area) for name, block in layout.tables.items()}
             views["guidance"][...] = step.guidance
-            chains = chain_tables(step, settings)
+            chains = chain_tables(split, settings.max_timestep, settings.temperature)
             if not split.longer:
                 _broadcast(views, "timestep", "coefficients", chains.short)
                 continue
