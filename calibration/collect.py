@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..runtime.backends.onnxruntime.backend import GraphInMemory, OnnxRuntimeBackend
+from ..runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from ..runtime.backends.protocol import GraphCall
+from ..runtime.bundle.graph_file import GraphFile
 from ..runtime.bundle.manifest import graph_bytes
 from ..runtime.bundle.staged import stage_key
 from ..runtime.commands.console import Reporter
@@ -85,13 +86,13 @@ class Collector:
         """
         self.watched: dict[str, dict[str, Statistics]] = {}
         self.layers: dict[str, dict[str, str]] = {}
-        self.graphs: dict[str, Path | GraphInMemory] = {}
+        self.graphs: dict[str, Path | GraphFile] = {}
         self._ar_steps, self._ar_step = ar_steps, -1
         self._names: dict[str, list[str]] = {}
         for kind, path in graphs.items():
             self.graphs[kind] = self._watching(kind, path) if kind in QUANTISED_KINDS else path
 
-    def _watching(self, kind: str, path: Path) -> GraphInMemory:
+    def _watching(self, kind: str, path: Path) -> GraphFile:
         """A copy of the graph with the watched tensors as further outputs; in memory, so that the bundle stays."""
         model = read_graph(path)
         self.layers[kind] = {layer.name: layer.activation for layer in quantisable(model)}
@@ -103,7 +104,7 @@ class Collector:
                 value = onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
                 model.graph.output.append(value)
         self._names[kind] = [value.name for value in model.graph.output]
-        return GraphInMemory(model.SerializeToString(), path)
+        return GraphFile(path, model.SerializeToString())
 
     def __call__(self, call: GraphCall) -> None:
         if call.kind == "backbone":

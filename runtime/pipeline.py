@@ -18,6 +18,7 @@ from .models.architecture import Architecture
 from .models.conditioning import Conditioner, Request
 from .sampling.chains import Floats, Integers
 from .sampling.job import Observer, generation_job
+from .sampling.loop import check_shape
 from .sampling.noise import NoiseSource, SeededNoise, checked_seed
 from .sampling.plan import PlanSettings, SamplingPlan, preset, resolve
 
@@ -183,7 +184,9 @@ class Pipeline:
             )
             batch = self.backend.generate(job, observer(start) if observer else None)
             latents.append(batch)
-            images.append(self.backend.decode(batch))
+            pictures = self.backend.decode(batch)
+            check_shape("decoder", pictures.shape, (len(batch), *self.architecture.image_size, 3))
+            images.append(pictures)
             if finished is not None:
                 finished(part.stop)
         return Generation(np.concatenate(images), np.concatenate(latents), tuple(asked), tuple(seeds), resolved)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..models.conditioning import Arrays
 from ..sampling.chains import DiffusionChain, Floats, Integers
 from ..sampling.job import GenerationJob, Observer
-from ..sampling.loop import BackboneOutput, generate_on_host
+from ..sampling.loop import BackboneOutput, check_shape, generate_on_host
 from ..sampling.plan import SamplingPlan
 from .protocol import CallHook, hooked
 
@@ -52,8 +52,7 @@ class HostLoopBackend(ABC):
     ) -> BackboneOutput:
         inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, **conditioning}
         z = self.run("backbone", inputs)[0]
-        branches, batch, predicted, width = z.shape
-        return BackboneOutput((branches, batch, predicted, width), z)
+        return BackboneOutput(z.shape, z)
 
     def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
         score, norm = self.run("detail_score", {"z": z.value[0]})
@@ -71,7 +70,9 @@ class HostLoopBackend(ABC):
                 inputs["timestep"] = segment.timesteps[index]
                 inputs["coefficients"] = segment.coefficients[index]
                 inputs["noise"] = segment.noise[index]
-                inputs["x"] = step("diffusion_step", inputs)[0]
+                x_next = step("diffusion_step", inputs)[0]
+                check_shape("diffusion_step", x_next.shape, inputs["x"].shape)
+                inputs["x"] = x_next
             x[:n] = inputs["x"]
         return x
 

@@ -32,7 +32,7 @@ def _open_onnxruntime(provider: str) -> Callable[[Bundle, BackendOptions, bool],
         from .onnxruntime.backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(
-            bundle.graph_paths(checksums, target="cpu" if provider == "cpu" else "tensorrt"),
+            bundle.graph_files(checksums, target="cpu" if provider == "cpu" else "tensorrt"),
             options.threads,
             provider,
             options.device,
@@ -46,8 +46,8 @@ def _open_onnxruntime(provider: str) -> Callable[[Bundle, BackendOptions, bool],
 def _open_openvino(bundle: Bundle, options: BackendOptions, checksums: bool) -> Backend:
     from .openvino.backend import OpenVinoBackend
 
-    paths = bundle.graph_paths(checksums, target="cpu")
-    return OpenVinoBackend({kind: paths[kind] for kind in NETWORKS}, options.threads)
+    graphs = bundle.graph_files(checksums, target="cpu")
+    return OpenVinoBackend({kind: graphs[kind] for kind in NETWORKS}, options.threads)
 
 
 def _open_tensorrt(flavour: str) -> Callable[[Bundle, BackendOptions, bool], Backend]:

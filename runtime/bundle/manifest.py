@@ -7,11 +7,13 @@ what was expected and what was found. Opens no other file than manifest.json; do
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -30,6 +32,7 @@ FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Positive = Annotated[int, Meta(ge=1)]
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 Batch = Annotated[int, Meta(ge=1, le=4096)]
 
 
@@ -46,23 +49,48 @@ class StoredFile(Struct, frozen=True, forbid_unknown_fields=True):
         path = folder / file
         return cls(file, path.stat().st_size, sha256(path))
 
+    @contextlib.contextmanager
+    def opened(self, folder: Path, checksums: bool = True) -> Iterator[BinaryIO]:
+        """The file, open and at its beginning, once it is what the manifest says.
+
+        Raises:
+            BundleError: missing, outside the bundle, not a plain file, of another size or checksum.
+        """
+        path = inside(folder, self.file)
+        try:
+            if not path.is_file():  # a pipe would be waited for
+                raise FileNotFoundError
+            file = path.open("rb")
+        except (OSError, ValueError):
+            raise BundleError(
+                f"{path} is missing from the bundle; copy the bundle again or run gtr-export build"
+            ) from None
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            if size != self.bytes:
+                raise BundleError(f"{path} has {size} bytes, the manifest says {self.bytes}; copy the bundle again")
+            if checksums:
+                self.compare(path, hashlib.file_digest(file, "sha256").hexdigest())
+                file.seek(0)
+            yield file
+
+    def compare(self, path: Path, found: str) -> None:
+        """Raises:
+        BundleError: the content of ``path`` has another SHA-256 than the manifest says.
+        """
+        if found != self.sha256:
+            raise BundleError(
+                f"{path} has sha256 {found[:12]}…, the manifest says {self.sha256[:12]}…; copy the bundle again"
+            )
+
     def check(self, folder: Path, checksums: bool = True) -> Path:
         """The absolute path of the file, once it is what the manifest says.
 
         Raises:
-            BundleError: missing, outside the bundle, of another size or checksum.
+            BundleError: see :meth:`opened`.
         """
-        path = inside(folder, self.file)
-        if not path.is_file():
-            raise BundleError(f"{path} is missing from the bundle; copy the bundle again or run gtr-export build")
-        size = path.stat().st_size
-        if size != self.bytes:
-            raise BundleError(f"{path} has {size} bytes, the manifest says {self.bytes}; copy the bundle again")
-        if checksums and (found := sha256(path)) != self.sha256:
-            raise BundleError(
-                f"{path} has sha256 {found[:12]}…, the manifest says {self.sha256[:12]}…; copy the bundle again"
-            )
-        return path
+        with self.opened(folder, checksums):
+            return inside(folder, self.file)
 
 
 class GraphFiles(Struct, frozen=True, forbid_unknown_fields=True):
@@ -277,7 +305,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 
-def data_file(model: Path) -> Path:
+def data_file(model: AnyPath) -> AnyPath:
     """Where a graph's weights lie if they are not in the model file itself."""
     return model.with_name(model.name + ".data")
 

@@ -6,25 +6,30 @@ another size or checksum, or graphs with another contract than this version's. O
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from msgspec import structs
 
 from ..errors import BundleError
-from ..files import read_json, write_json
+from ..files import inside, read_json, write_json
 from ..models.architecture import Architecture
 from ..models.conditioning import Conditioner
 from ..models.families import decode_model, graph_specs
 from ..models.graphs import signature
+from .graph_file import MAX_MODEL_BYTES, GraphFile, check_graph, stamp
 from .manifest import (
     MANIFEST,
     EngineSet,
     GraphEntry,
+    GraphFiles,
     Manifest,
     StoredFile,
+    data_file,
     read_manifest,
     write_manifest,
 )
@@ -94,21 +99,45 @@ class Bundle:
         """Oldest first."""
         return self.manifest.engines
 
-    def graph_paths(self, checksums: bool = True, target: str = "tensorrt") -> dict[str, Path]:
-        """Graph kind to checked file; data files are checked, too.
+    def graph_files(self, checksums: bool = True, target: str = "tensorrt") -> dict[str, GraphFile]:
+        """Graph kind to graph: files compared with the manifest, and looked through.
 
         Args:
             checksums: compare SHA-256 with the manifest (sizes always are).
             target: ``cpu`` takes the flavour for ONNX Runtime on CPUs where there is one; else ``tensorrt``.
 
         Raises:
-            BundleError: see :meth:`StoredFile.check`.
+            BundleError: see :meth:`StoredFile.opened` and :func:`check_graph`.
         """
-        paths: dict[str, Path] = {}
-        for kind, entry in self.graphs.items():
-            own = entry.cpu if target == "cpu" and entry.cpu else entry
-            paths[kind], *_ = [stored.check(self.folder, checksums) for stored in own.files]
-        return paths
+        return {
+            kind: self._graph_file(entry, (entry.cpu if target == "cpu" else None) or entry, checksums)
+            for kind, entry in self.graphs.items()
+        }
+
+    def graph_paths(self, checksums: bool = True, target: str = "tensorrt") -> dict[str, Path]:
+        """The same, of each graph its path."""
+        return {kind: graph.path for kind, graph in self.graph_files(checksums, target).items()}
+
+    def _graph_file(self, entry: GraphEntry, files: GraphFiles, checksums: bool) -> GraphFile:
+        path, data = inside(self.folder, files.model.file), files.data
+        if files.model.bytes > MAX_MODEL_BYTES:
+            raise BundleError(f"{path} has {files.model.bytes} bytes; weights of that size lie in a data file")
+        if data and data.file != data_file(PurePosixPath(files.model.file)).as_posix():
+            raise BundleError(f"{path} has the data file {data.file!r} in the manifest, which is not called like it")
+        with files.model.opened(self.folder, checksums=False) as file:
+            stamps = [(path, stamp(os.fstat(file.fileno())))]
+            model = file.read()
+        if checksums:
+            files.model.compare(path, hashlib.sha256(model).hexdigest())
+        try:
+            name, size = (PurePosixPath(data.file).name, data.bytes) if data else (None, 0)
+            check_graph(model, entry.inputs, entry.outputs, entry.opset, name, size)
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from None
+        if data:
+            with data.opened(self.folder, checksums) as file:
+                stamps.append((inside(self.folder, data.file), stamp(os.fstat(file.fileno()))))
+        return GraphFile(path, model, tuple(stamps))
 
     def engine_paths(self, engines: EngineSet, checksums: bool = True) -> dict[str, Path]:
         """Graph kind to checked engine file.

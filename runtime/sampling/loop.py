@@ -69,11 +69,17 @@ def generate_on_host(networks: NetworkCalls, job: GenerationJob, observer: Obser
         known = np.take_along_axis(latents, visible[:, :, None], axis=1)
         asked = {name: array[: step.branches] for name, array in job.conditioning.items()}
         z = networks.backbone(known, visible, predict, context, asked)
+        check_shape("backbone", z.shape, (step.branches, *predict.shape, job.architecture.width))
 
         refined = np.zeros(predict.shape, dtype=bool)
         if step.refined:
             scored = settings.fts in SCORED_RULES and step.refined < step.predicted
             score, norm = networks.detail(z) if scored else (None, None)
+            for values in (score, norm):
+                if values is not None:
+                    check_shape("detail_score", values.shape, predict.shape)
+                    if not np.isfinite(values).all():
+                        raise not_finite(step.index, len(steps), networks.name)
             refined = select(settings.fts, step.refined, predict, job.seeds, total, score, norm)
 
         chain = diffusion_chain(step, settings, predict, refined, job.noise)
@@ -85,6 +91,16 @@ def generate_on_host(networks: NetworkCalls, job: GenerationJob, observer: Obser
         if observer is not None:
             observer(StepResult(step, predict, refined, latents))
     return latents
+
+
+def check_shape(kind: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises:
+    BackendError: a graph gave another shape than it should, which NumPy might broadcast without a word.
+    """
+    if found != expected:
+        raise BackendError(
+            f"the {kind} graph gave the shape {list(found)}, expected {list(expected)}; gtr-export verify says more"
+        )
 
 
 def not_finite(step: int, steps: int, backend: str) -> BackendError:

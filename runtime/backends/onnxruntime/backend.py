@@ -6,12 +6,12 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from ...bundle.graph_file import GraphFile
 from ...errors import BackendError
 from ...machine.examine import INSTALL
 from ...models.conditioning import Arrays
@@ -25,19 +25,6 @@ _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-@dataclass(frozen=True)
-class GraphInMemory:
-    """A changed copy of a graph whose large weights stay in the original's file.
-
-    Attributes:
-        model: serialized, without external data.
-        file: the original.
-    """
-
-    model: bytes
-    file: Path
-
-
 class OnnxRuntimeBackend(HostLoopBackend):
     """Sessions for a bundle's graphs, on the CPU or the CUDA provider.
 
@@ -49,7 +36,7 @@ class OnnxRuntimeBackend(HostLoopBackend):
 
     def __init__(
         self,
-        graphs: Mapping[str, Path | GraphInMemory],
+        graphs: Mapping[str, Path | GraphFile],
         threads: int | None = None,
         provider: str = "cpu",
         device: int = 0,
@@ -61,7 +48,7 @@ class OnnxRuntimeBackend(HostLoopBackend):
         """Opens a session for each graph.
 
         Args:
-            graphs: graph kind to ONNX file, or to a changed copy of one.
+            graphs: graph kind to a bundle's graph, to a changed copy of one, or to an ONNX file of our own making.
             threads: intra-op threads; ONNX Runtime's default (physical cores) if None.
             provider: ``cpu`` or ``cuda``. CUDA computes float32 products in float32, not TF32.
             device: index of the GPU.
@@ -126,19 +113,21 @@ class OnnxRuntimeBackend(HostLoopBackend):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
-    def _open(self, graph: Path | GraphInMemory, cuda_graph: bool = False) -> Any:
+    def _open(self, graph: Path | GraphFile, cuda_graph: bool = False) -> Any:
         providers: list[Any] = [PROVIDERS["cpu"]]
         if self._provider == "cuda":
             settings = {"device_id": str(self._device), "use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
             providers.insert(0, (PROVIDERS["cuda"], settings))
         path, source, options = graph, str(graph), self._options
-        if isinstance(graph, GraphInMemory):
-            path, source, options = graph.file, graph.model, self._session_options()
+        if isinstance(graph, GraphFile):
+            path, source, options = graph.path, graph.model, self._session_options()
             options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent.resolve()))
         try:
             session = self._runtime.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
             raise BackendError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+        if isinstance(graph, GraphFile):
+            graph.confirm()
         # A CUDA provider whose libraries do not load is dropped without an error.
         active = session.get_providers()[0]
         if active != PROVIDERS[self._provider]:

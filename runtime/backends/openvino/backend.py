@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...bundle.graph_file import GraphFile
 from ...errors import BackendError
 from ...machine.examine import INSTALL
 from ...machine.openvino import cpu_capabilities, import_openvino
@@ -40,11 +41,13 @@ class OpenVinoBackend(HostLoopBackend):
 
     name = "openvino"
 
-    def __init__(self, graphs: Mapping[str, Path], threads: int | None = None, *, bfloat16: str | None = None) -> None:
+    def __init__(
+        self, graphs: Mapping[str, Path | GraphFile], threads: int | None = None, *, bfloat16: str | None = None
+    ) -> None:
         """Compiles each graph, for all shapes.
 
         Args:
-            graphs: graph kind to ONNX file.
+            graphs: graph kind to a bundle's graph, or to an ONNX file of our own making.
             threads: of one call; OpenVINO's default (physical cores) if None.
             bfloat16: one of ``BFLOAT16``; ``cut`` on CPUs with bfloat16 by default, ``off`` on others.
 
@@ -63,7 +66,8 @@ class OpenVinoBackend(HostLoopBackend):
         self._programs: dict[str, Program] = {}
         self._description = "openvino cpu"
         core = openvino.Core()
-        for kind, path in graphs.items():
+        for kind, graph in graphs.items():
+            path = graph.path if isinstance(graph, GraphFile) else graph
             model = read_onnx(openvino, path)
             low = has_bfloat16(openvino, model)
             if low:
@@ -77,6 +81,8 @@ class OpenVinoBackend(HostLoopBackend):
                 raise
             except Exception as error:  # OpenVINO's own exceptions share no base class
                 raise BackendError(f"OpenVINO cannot compile {path}: {reason(error)}") from error
+            if isinstance(graph, GraphFile):
+                graph.confirm()
 
     @property
     def description(self) -> str:
