@@ -17,7 +17,7 @@ from msgspec import structs
 
 from ..runtime.bundle.manifest import GraphFiles, Manifest, Precision, StoredFile, graph_bytes
 from ..runtime.bundle.reader import Bundle
-from ..runtime.bundle.staged import StagedFolder, lock, replaceable, stage_key
+from ..runtime.bundle.staged import StagedFolder, destination, lock, replaceable, stage_key
 from ..runtime.commands.console import Reporter
 from ..runtime.errors import BundleError, UsageError
 from ..runtime.files import link_or_copy, write_json
@@ -60,10 +60,11 @@ def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> Calibrat
     prepared = prepare(request)
     stages = [bundle.manifest.source.stages for bundle in (prepared.bundle, prepared.float16) if bundle]
     key = calibration_key(request, stages, prepared.images, prepared.bundle.max_batch)
-    with lock(request.out):
+    out = destination(request.out)
+    with lock(out):
         if (report := finished(request, prepared.bundle.architecture.name, key)) is not None:
             return CalibrationResult(request.out, "cached", report)
-        folder = StagedFolder(request.out, request.force)
+        folder = StagedFolder(out, request.force)
         (folder.partial / "graphs").mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         statistics = folder.partial / "statistics.npz"
@@ -74,7 +75,6 @@ def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> Calibrat
         files, report = _write(request, prepared, collected, folder.partial, reporter)
         report["seconds"] = time.monotonic() - start
         write_json(folder.partial / REPORT, report)
-        statistics.unlink()
         folder.publish(_manifest(request, prepared, key, files, report, StoredFile.of(folder.partial, REPORT)))
     return CalibrationResult(request.out, "built", report)
 
@@ -109,7 +109,7 @@ def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, 
     Raises:
         UsageError, GtrError: something else is in the way.
     """
-    old = replaceable(request.out, model, request.precision, request.force)
+    old = replaceable(destination(request.out), model, request.precision, request.force)
     if old is None or request.force or old.manifest.source.calibration != key:
         return None
     try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
+import platform
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,6 +18,7 @@ from typing import Any
 
 from .errors import BundleError
 
+_COUNTER = itertools.count()  # several threads may write at once
 CACHE_VARIABLE = "GTR_DEPLOY_CACHE"
 
 
@@ -28,9 +32,8 @@ def cache_dir() -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` with the same suffix; renamed over it if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f"{_temporary(str(os.getpid()))}-{next(_COUNTER)}{path.suffix}")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         yield temporary
         os.chmod(temporary, 0o644)
@@ -39,6 +42,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what processes of this machine that were killed while they held an :func:`atomic_path` have left."""
+    for path in folder.glob(f"{_temporary('*')}-*"):
+        pid = path.name.removeprefix(_temporary("")).partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _temporary(pid: str) -> str:
+    """The beginning of a temporary file's name. Processes of other machines may share the folder."""
+    return f".gtr-{re.sub('[^A-Za-z0-9]', '', platform.node())}-{pid}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OverflowError:
+        return False
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,6 @@ Importing this module does not import torch: a build with nothing to do is quick
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +24,7 @@ from ...runtime.bundle.manifest import (
     data_file,
 )
 from ...runtime.bundle.reader import Bundle
-from ...runtime.bundle.staged import RECORD, Stage, StagedFolder, lock, replaceable, stage_key, take
+from ...runtime.bundle.staged import RECORD, Stage, StagedFolder, destination, lock, replaceable, stage_key, take
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import BundleError, GtrError
 from ...runtime.files import link_or_copy
@@ -52,7 +51,7 @@ _WEIGHTS_OF = {"backbone": "checkpoint", "diffusion_step": "checkpoint", "decode
 
 def build_float(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """See :func:`~.build.build`."""
-    entry, out = request.entry(), request.out
+    entry, out = request.entry(), destination(request.out)
     with lock(out):
         old = replaceable(out, request.model, request.precision, request.force)
         weights = resolve_weights(
@@ -61,7 +60,7 @@ def build_float(request: BuildRequest, reporter: Reporter) -> BuildResult:
         specs = graph_specs(entry.architecture, request.max_batch)
         keys = stage_keys(request, weights)
         folder = StagedFolder(out, request.force)
-        result = BuildResult(out)
+        result = BuildResult(request.out)
         if old is not None and not request.force and _is_current(old, request, keys, weights):
             folder.discard()
             result.stages = dict.fromkeys([*keys, "manifest"], "cached")
@@ -172,7 +171,6 @@ def _kept_engines(
     old: Bundle | None, precision: str, graphs: Mapping[str, GraphFiles], partial: Path
 ) -> tuple[EngineSet, ...]:
     """Brings over the old bundle's engines that were built from the very graphs of the new one."""
-    shutil.rmtree(partial / "engines", ignore_errors=True)  # what an interrupted build has brought over
     if old is None:
         return ()
     kept = []

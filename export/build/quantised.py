@@ -6,7 +6,6 @@ end.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ...calibration.data import calibration_images
 from ...calibration.quantised_bundle import CalibrationResult, calibration_key, finished, quantise_bundle
 from ...calibration.request import CalibrationRequest
 from ...runtime.bundle.reader import Bundle
-from ...runtime.bundle.staged import lock
+from ...runtime.bundle.staged import destination, lock, remove_own
 from ...runtime.commands.console import Reporter
 from .float_bundle import build_float, stage_keys
 from .request import BuildRequest, BuildResult
@@ -24,10 +23,11 @@ from .sources import resolve_weights
 def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """See :func:`~.build.build`; raises also what :func:`~..calibration.quantised_bundle.quantise_bundle` does."""
     entry, choices = request.entry(), request.calibration
-    sources = {name: request.out.with_name(f"{request.out.name}.{name}") for name in ("fp32", "fp16")}
+    out = destination(request.out)
+    sources = {name: out.with_name(f".{out.name}.gtr-{name}") for name in ("fp32", "fp16")}
     wanted = CalibrationRequest(
         sources["fp32"],
-        request.out,
+        out,
         request.precision,
         sources["fp16"],
         images=choices.images,
@@ -40,15 +40,14 @@ def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
     weights = resolve_weights(request.model, entry, request.checkpoint, request.vae, request.random_weights, reporter)
     requests = [replace(request, precision=name, out=out, force=False) for name, out in sources.items()]
     keys = [stage_keys(part, weights) for part in requests]
-    with lock(request.out):
+    with lock(out):
         report = finished(wanted, entry.architecture.name, calibration_key(wanted, keys, images, request.max_batch))
     if report is not None:
         return _result(request.out, dict.fromkeys([*keys[0], "calibration", "manifest"], "cached"))
     stages, _ = (build_float(part, reporter).stages for part in requests)
     result: CalibrationResult = quantise_bundle(wanted, reporter)
     for source in sources.values():
-        shutil.rmtree(source)
-        source.with_name(f".{source.name}.lock").unlink(missing_ok=True)
+        remove_own(source)
     return _result(request.out, {**stages, "calibration": result.state, "manifest": result.state})
 
 

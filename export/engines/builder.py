@@ -20,7 +20,7 @@ from ...runtime.bundle.reader import Bundle
 from ...runtime.bundle.staged import Stage, StagedFolder, lock, stage_key
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import GtrError, PlanError, UsageError
-from ...runtime.files import read_json
+from ...runtime.files import inside, read_json
 from ...runtime.machine.examine import Machine, examine_machine
 from ...runtime.models.architecture import Architecture
 from ...runtime.models.families import graph_specs
@@ -111,7 +111,7 @@ def build_engines(request: EngineRequest, reporter: Reporter, machine: Machine |
             f"{engines.key}: for compute capability {capabilities}; plans {', '.join(plans)}; batch up to {max_batch}"
         )
         settings = BuildSettings(bundle.precision, request.workspace_gb, request.optimization_level)
-        folder = StagedFolder(bundle.folder / "engines" / engines.key, request.force)
+        folder = StagedFolder(inside(bundle.folder, f"engines/{engines.key}"), request.force)
         result = EngineResult(engines, request.bundle)
         graphs: dict[str, EngineGraph] = {}
         for kind, spec in specs.items():

@@ -271,6 +271,17 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     tools: Mapping[str, str]
     reports: Mapping[str, StoredFile]
 
+    @property
+    def files(self) -> Iterator[StoredFile]:
+        """All files that it lists."""
+        for graph in self.graphs.values():
+            yield from graph.files
+            if graph.cpu:
+                yield from graph.cpu.files
+        for engines in self.engines:
+            yield from (graph.engine for graph in engines.graphs.values())
+        yield from self.reports.values()
+
 
 def read_manifest(folder: Path) -> Manifest:
     """Reads ``folder / MANIFEST``.

@@ -16,7 +16,7 @@ from typing import Any
 from msgspec import structs
 
 from ..errors import BundleError
-from ..files import inside, read_json, write_json
+from ..files import inside, read_json, sweep, write_json
 from ..models.architecture import Architecture
 from ..models.conditioning import Conditioner
 from ..models.families import decode_model, graph_specs
@@ -158,7 +158,7 @@ class Bundle:
     def write_report(self, name: str, value: Mapping[str, Any]) -> Path:
         """Writes ``reports/<name>.json`` and lists it in the manifest, both atomically."""
         relative = f"reports/{name}.json"
-        write_json(self.folder / relative, value)
+        write_json(inside(self.folder, relative), value)
         self._written(reports={**self.manifest.reports, name: StoredFile.of(self.folder, relative)})
         return self.folder / relative
 
@@ -176,5 +176,6 @@ class Bundle:
 
     def _written(self, **changes: Any) -> Bundle:
         manifest = structs.replace(self.manifest, **changes)
+        sweep(self.folder)
         write_manifest(self.folder, manifest)
         return replace(self, manifest=manifest)

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..errors import BundleError, GtrError, UsageError
-from ..files import atomic_path, link_or_copy
+from ..files import atomic_path, link_or_copy, sweep
 from .manifest import MANIFEST, Manifest, StoredFile, write_manifest
 from .reader import Bundle
 
@@ -46,13 +46,19 @@ class Stage(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StagedFolder:
-    """What a run writes in place of ``out``. Hold :func:`lock` around it."""
+    """What a run writes in place of ``out``. Hold :func:`lock` around it.
+
+    Raises:
+        GtrError: the place beside ``out`` is taken by something that no build has left.
+    """
 
     def __init__(self, out: Path, force: bool = False) -> None:
         settle(out)
         self.out, self.partial = out, partial_folder(out)
+        _claim(self.partial)
         if force:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            remove_own(self.partial)
+            _claim(self.partial)
         (self.partial / MANIFEST).unlink(missing_ok=True)
         self._left = {self.partial: _recorded(self.partial), out: {} if force else _recorded(out)}
         self._done: dict[str, Stage] = {}
@@ -74,16 +80,26 @@ class StagedFolder:
         return stage
 
     def publish(self, manifest: Manifest | None = None) -> None:
-        """Puts ``partial`` in the place of ``out``; what has a manifest gets it last."""
-        if self._done:
-            _write_record(self.partial, self._done)
+        """Puts ``partial`` in the place of ``out``: what the stages and the manifest list, and nothing else that
+        interrupted runs have left. What has a manifest gets it last."""
+        _write_record(self.partial, self._done)
+        wanted = {RECORD, *(stored.file for stage in self._done.values() for stored in stage.files)}
+        if manifest is not None:
+            wanted |= {stored.file for stored in manifest.files}
+            wanted |= {f"engines/{engines.key}/{RECORD}" for engines in manifest.engines}
+        for path in sorted(self.partial.rglob("*"), reverse=True):  # files before their folders
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.partial).as_posix() not in wanted:
+                path.unlink()
         if manifest is not None:
             write_manifest(self.partial, manifest)
         swap(self.partial, self.out)
 
     def discard(self) -> None:
         """Everything is as wanted already: removes what interrupted runs have left."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        remove_own(self.partial)
 
 
 def stage_key(**depends: Any) -> str:
@@ -102,16 +118,33 @@ def take(stored: StoredFile, source: Path, target: Path) -> bool:
     return True
 
 
+def destination(out: Path) -> Path:
+    """Where a folder that is to be replaced whole really lies, links followed; tried before any work is done.
+
+    Raises:
+        UsageError: it can never be replaced.
+    """
+    try:
+        real = out.resolve()
+    except (OSError, RuntimeError):
+        raise UsageError(f"{out} is a link that leads nowhere; choose another folder with --out") from None
+    here = Path.cwd()
+    if not real.name or real == here or real in here.parents:
+        raise UsageError(f"{out} is the current folder or one above it; give the bundle a folder of its own with --out")
+    if real.exists() and not real.is_dir():
+        raise UsageError(f"{out} is a file; choose another folder with --out")
+    if real.is_mount():
+        raise UsageError(f"{out} is a mount point and cannot be replaced; choose a folder inside it with --out")
+    return real
+
+
 def replaceable(out: Path, model: str, precision: str, force: bool) -> Bundle | None:
     """The bundle at ``out`` that a bundle of this model and precision may replace; None if nothing is there.
 
     Raises:
-        UsageError: ``out`` is a file.
         GtrError: something else is in the way.
     """
     settle(out)
-    if out.is_file():
-        raise UsageError(f"{out} is a file; choose another folder with --out")
     if not out.exists() or not any(out.iterdir()):
         return None
     try:
@@ -140,22 +173,33 @@ def lock(out: Path) -> Iterator[None]:
     import fcntl  # not on Windows, where bundles are read, not built
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_name(f".{out.name}.lock").open("w") as file:
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise GtrError(f"cannot lock {out} with {path} ({error.strerror}); move that out of the way") from None
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                raise FileNotFoundError  # its last holder has just removed it
         except OSError:
             raise GtrError(
                 f"another build is writing {out}; wait for it, or choose another folder with --out"
             ) from None
         yield
+        if not os.fstat(descriptor).st_size:  # one with something in it is not ours
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def settle(out: Path) -> None:
     """Finishes a swap that was cut short between its two renames (systems without an atomic exchange)."""
-    aside = out.with_name(out.name + ".old")
-    if aside.is_dir():
+    aside = _aside(out)
+    if (aside / RECORD).is_file():
         if out.exists():
-            shutil.rmtree(aside)
+            remove_own(aside)
         else:
             aside.rename(out)
 
@@ -165,13 +209,46 @@ def swap(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.rename(out)
         return
+    if not (out / RECORD).is_file():
+        _write_record(out, {})
     if _exchange(partial, out):
-        shutil.rmtree(partial)
+        remove_own(partial)
         return
-    aside = out.with_name(out.name + ".old")
+    aside = _aside(out)
     out.rename(aside)
     partial.rename(out)
-    shutil.rmtree(aside)
+    remove_own(aside)
+
+
+def remove_own(folder: Path) -> None:
+    """Removes a folder that carries our record: the manifest first, so that nobody takes the rest for a bundle, and the
+    record last, so that a kill in between leaves something that the next run knows as its own."""
+    if not (folder / RECORD).is_file():
+        return
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != RECORD:
+            entry.unlink()
+    (folder / RECORD).unlink()
+    folder.rmdir()
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.gtr-old")
+
+
+def _claim(partial: Path) -> None:
+    """Makes the folder, with a record, by which it is known as ours."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise GtrError(f"{partial} is in the way and no build has left it; move it, or choose another --out")
+    partial.mkdir(parents=True, exist_ok=True)
+    sweep(partial)
+    if not (partial / RECORD).is_file():
+        if any(partial.iterdir()):
+            raise GtrError(f"{partial} is in the way and no build has left it; move it, or choose another --out")
+        _write_record(partial, {})
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -147,7 +147,7 @@ def test_a_stopped_run_goes_on_with_its_statistics(
     monkeypatch.setattr(calibration_bundle, "collect", counting)
     assert quantise_bundle(request, QUIET).state == "built"
     assert seen == [4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_fp8_on_a_cpu_is_an_evaluation_and_says_so(fp8: Path, digits_bundle: Path) -> None:
@@ -199,8 +199,8 @@ def test_verification_takes_the_calibrations_word_for_z(int8: Path, tmp_path: Pa
 def test_build_from_weights(digits_bundle: Path, build_digits, tmp_path: Path) -> None:
     """Stopped after its float graphs were finished, which lie beside the wanted bundle; they are not exported again."""
     out = tmp_path / "digits"
-    shutil.copytree(digits_bundle, tmp_path / "digits.fp32")
-    shutil.copytree(build_digits("fp16"), tmp_path / "digits.fp16")
+    shutil.copytree(digits_bundle, tmp_path / ".digits.gtr-fp32")
+    shutil.copytree(build_digits("fp16"), tmp_path / ".digits.gtr-fp16")
     choices = CalibrationChoices(images=2, plan="gtr-fast", threads=1)
     request = BuildRequest("mar-digits", out, precision="int8", calibration=choices)
     result = build(request, QUIET)
@@ -209,7 +209,7 @@ def test_build_from_weights(digits_bundle: Path, build_digits, tmp_path: Path) -
     report = Bundle.load(out).read_report("calibration")
     assert report["flavours"]["cpu"]["kept"] == ["head.final_layer.linear"]
     assert report["rest"] == "fp16"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".digits.lock", "digits"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits"]
     assert build(request, QUIET).unchanged
 
 

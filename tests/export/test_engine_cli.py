@@ -139,7 +139,7 @@ def test_another_graph_is_built_again(own_bundle: Path, build_digits: Callable[[
     make(own_bundle)
     manifest = json.loads((own_bundle / "manifest.json").read_text())
     with (own_bundle / "graphs" / "decoder.onnx").open("ab") as file:
-        file.write(b"\0")
+        file.write(b"\x72\x00")  # an empty entry of metadata_props
     from gtr_deploy.runtime.bundle.manifest import StoredFile
 
     manifest["graphs"]["decoder"]["model"] = to_builtins(StoredFile.of(own_bundle, "graphs/decoder.onnx"))
