@@ -6,14 +6,14 @@ pipeline = Pipeline.load("bundles/mar-digits-fp32")
 pipeline.generate([3, 7], seeds=[0, 1], plan="gtr").images
 """
 
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .runtime.pipeline import Pipeline
 
+    __version__: str
+
 __all__ = ["Pipeline", "__version__"]
-__version__ = _version("gtr-deploy")
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from .runtime.pipeline import Pipeline
 
         return Pipeline
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gtr-deploy")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ Results go to standard output, everything else to standard error, so that ``--js
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 import time
@@ -17,6 +18,9 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import GtrError, UsageError
+
+DEBUG_VARIABLE = "GTR_DEBUG"
+"""Set to anything, it shows the traceback of an error that nobody foresaw."""
 
 
 class CommandGroup(click.Group):
@@ -46,6 +50,12 @@ class CommandGroup(click.Group):
         except (KeyboardInterrupt, click.Abort):
             click.echo(f"{name}: stopped", err=True)
             code = 130
+        except Exception as error:
+            if os.environ.get(DEBUG_VARIABLE):
+                raise
+            what = _one_line(f"{type(error).__name__}: {error}")[:200]
+            click.echo(f"{name}: unforeseen error, {what}; {DEBUG_VARIABLE}=1 shows where", err=True)
+            code = 1
         sys.exit(code if isinstance(code, int) else 0)
 
 
