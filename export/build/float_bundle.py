@@ -20,6 +20,7 @@ from ...runtime.bundle.manifest import (
     GraphEntry,
     GraphFiles,
     Manifest,
+    PlanDefaults,
     Precision,
     data_file,
 )
@@ -86,7 +87,7 @@ def build_float(request: BuildRequest, reporter: Reporter) -> BuildResult:
             precision=Precision(request.precision, request.precision, float32, ()),
             graphs=graphs,
             engines=_kept_engines(old, request.precision, graphs, folder.partial),
-            plan_defaults=_plan_defaults(entry, weights),
+            plan_defaults=PlanDefaults(**_plan_defaults(entry, weights)),
             max_batch=request.max_batch,
             source=weights.source(keys),
             tools=tool_versions(),
@@ -158,7 +159,7 @@ def _is_current(old: Bundle, request: BuildRequest, keys: Mapping[str, str], wei
     manifest = old.manifest
     if manifest.source.stages != keys or manifest.max_batch != request.max_batch:
         return False
-    if manifest.plan_defaults != _plan_defaults(request.entry(), weights) or manifest.tools != tool_versions():
+    if old.plan_defaults != _plan_defaults(request.entry(), weights) or manifest.tools != tool_versions():
         return False
     try:
         old.graph_paths(checksums=False)

@@ -13,15 +13,18 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, structs
 
-from ..errors import BundleError
+from ..errors import BundleError, printable
 from ..files import atomic_path, inside, read_json_and_bytes, sha256
 from ..models.graphs import PRECISIONS, TensorSpec
 from ..sampling.shapes import Profile
+
+MAX_BYTES = 4_000_000
+"""Of a manifest; ImageNet's has 60,000."""
 
 FORMAT = "gtr-deploy bundle"
 SCHEMA = 2
@@ -30,8 +33,14 @@ MANIFEST = "manifest.json"
 FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 """Engine libraries and how people write them; in the order in which a runtime prefers them."""
 
+_MOST_KEYS_TRIED = 100
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Positive = Annotated[int, Meta(ge=1)]
+_NOT_PRINTED = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+Text = Annotated[str, Meta(max_length=1000, pattern=rf"^[^{_NOT_PRINTED}]*\Z")]
+"""What people read: nothing in it moves a terminal's cursor or turns its direction round."""
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]+([.+-][A-Za-z0-9_]+)*\Z", max_length=100)]
+"""What becomes part of a file's name."""
+Count = Annotated[int, Meta(ge=0, le=1 << 50)]
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 Batch = Annotated[int, Meta(ge=1, le=4096)]
 
@@ -39,8 +48,8 @@ Batch = Annotated[int, Meta(ge=1, le=4096)]
 class StoredFile(Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the bundle: path relative to it, size in bytes, SHA-256."""
 
-    file: str
-    bytes: Annotated[int, Meta(ge=0)]
+    file: Text
+    bytes: Count
     sha256: Sha256
 
     @classmethod
@@ -129,7 +138,7 @@ class GraphEntry(GraphFiles, frozen=True, forbid_unknown_fields=True):
         inputs, outputs: the contract that it was exported with.
     """
 
-    opset: Positive
+    opset: Annotated[int, Meta(ge=1, le=100)]
     cpu: GraphFiles | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -150,13 +159,13 @@ class EngineGraph(Struct, frozen=True, forbid_unknown_fields=True):
     onnx: Sha256
     data: Sha256 | None
     profiles: Annotated[tuple[Profile, ...], Meta(min_length=1)]
-    seconds: float
-    layers: Mapping[str, int] | None
+    seconds: Annotated[float, Meta(ge=0, le=1e9)]
+    layers: Mapping[Text, Count] | None
 
     def __post_init__(self) -> None:
         for profile in self.profiles:
             for letter, sizes in profile.items():
-                if not 0 <= sizes[0] <= sizes[1] <= sizes[2]:
+                if not 0 <= sizes[0] <= sizes[1] <= sizes[2] <= 1 << 40:
                     raise ValueError(f"profile {letter!r} {list(sizes)} is not smallest, best, largest")
 
 
@@ -178,17 +187,17 @@ class EngineSet(Struct, frozen=True, forbid_unknown_fields=True):
         graphs: by kind.
     """
 
-    flavour: str
-    version: str
-    compute_capabilities: tuple[str, ...]
-    gpu: str | None
-    system: str
+    flavour: Name
+    version: Name
+    compute_capabilities: tuple[Annotated[str, Meta(pattern=r"^[0-9]{1,3}\.[0-9]{1,2}\Z")], ...]
+    gpu: Text | None
+    system: Text
     hardware_compatible: bool
-    plans: tuple[str, ...]
+    plans: tuple[Text, ...]
     max_batch: Batch
-    precision: str
-    optimization_level: int
-    graphs: Mapping[str, EngineGraph]
+    precision: Name
+    optimization_level: Annotated[int, Meta(ge=0, le=5)]
+    graphs: Mapping[Name, EngineGraph]
 
     def __post_init__(self) -> None:
         _one_of("flavour", self.flavour, FLAVOURS)
@@ -208,10 +217,10 @@ class EngineSet(Struct, frozen=True, forbid_unknown_fields=True):
 class Precision(Struct, frozen=True, forbid_unknown_fields=True):
     """``name`` is one of ``graphs.PRECISIONS``; the rest says in words what runs in it and what does not."""
 
-    name: str
-    networks: str
-    float32: tuple[str, ...]
-    float16: tuple[str, ...]
+    name: Name
+    networks: Text
+    float32: tuple[Text, ...]
+    float16: tuple[Text, ...]
 
     def __post_init__(self) -> None:
         _one_of("precision", self.name, PRECISIONS)
@@ -220,7 +229,7 @@ class Precision(Struct, frozen=True, forbid_unknown_fields=True):
 class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
     """A checkpoint: where it lay, and what tells it from another."""
 
-    path: str
+    path: Text
     sha256: Sha256
 
 
@@ -236,14 +245,28 @@ class Source(Struct, frozen=True, forbid_unknown_fields=True):
 
     checkpoint: WeightsFile | None
     vae: WeightsFile | None
-    random_weights: int | None
-    stages: Mapping[str, str]
-    calibration: str | None
+    random_weights: Count | None
+    stages: Mapping[Name, Sha256]
+    calibration: Sha256 | None
 
     @property
     def weights(self) -> tuple[str | int | None, ...]:
         """What tells one set of weights from another, wherever their files lie."""
         return (self.random_weights, *(file and file.sha256 for file in (self.checkpoint, self.vae)))
+
+
+class PlanDefaults(Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings that plans on this model start from; see :class:`~..sampling.plan.PlanSettings`."""
+
+    cfg: Annotated[int, Meta(ge=0, le=100)] | Annotated[float, Meta(ge=0, le=100)] | UnsetType = UNSET
+    cfg_schedule: Literal["linear", "constant"] | UnsetType = UNSET
+    max_timestep: Annotated[int, Meta(ge=0, le=999)] | UnsetType = UNSET
+    temperature: Annotated[int, Meta(ge=0, le=10)] | Annotated[float, Meta(ge=0, le=10)] | UnsetType = UNSET
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that are set, by name."""
+        return {name: value for name, value in structs.asdict(self).items() if value is not UNSET}
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -258,18 +281,18 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
         reports: by name.
     """
 
-    format: str
+    format: Text
     schema: int
     model: Raw
     conditioning: Raw
     precision: Precision
-    graphs: Mapping[str, GraphEntry]
-    engines: tuple[EngineSet, ...]
-    plan_defaults: Mapping[str, int | float | str]
+    graphs: Mapping[Name, GraphEntry]
+    engines: Annotated[tuple[EngineSet, ...], Meta(max_length=1000)]
+    plan_defaults: PlanDefaults
     max_batch: Batch
     source: Source
-    tools: Mapping[str, str]
-    reports: Mapping[str, StoredFile]
+    tools: Mapping[Text, Text]
+    reports: Mapping[Name, StoredFile]
 
     @property
     def files(self) -> Iterator[StoredFile]:
@@ -294,6 +317,8 @@ def read_manifest(folder: Path) -> Manifest:
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder; gtr-export build makes a bundle")
         raise BundleError(f"{folder} has no {MANIFEST}: not a bundle, or a build that did not finish")
+    if path.stat().st_size > MAX_BYTES:
+        raise BundleError(f"{path} has {path.stat().st_size} bytes, a manifest has at most {MAX_BYTES}")
     document, content = read_json_and_bytes(path)  # refuses what msgspec lets through: a key that stands twice
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError(f"{path} is not the manifest of a {FORMAT}")
@@ -353,7 +378,7 @@ def _explained(document: Any, error: msgspec.ValidationError) -> str:
             key: Any = name or index
             if index == "...":
                 # msgspec names no keys: it is the one whose entry is refused in the same way when it stands alone.
-                for key, entry in list(value.items()):
+                for key, entry in list(value.items())[:_MOST_KEYS_TRIED]:
                     value.clear()
                     value[key] = entry
                     if _refused(document, str(error)):
@@ -362,8 +387,7 @@ def _explained(document: Any, error: msgspec.ValidationError) -> str:
                 key = int(index)
             value = value[key]
             where += f"[{key}]" if isinstance(key, int) else f"{'.' * bool(where)}{key}"
-    line = f"{where or 'manifest'}: {text}, found {shortened(value)}"
-    return "".join(character if character.isprintable() else "?" for character in line)
+    return printable(f"{where[:100] or 'manifest'}: {text}, found {shortened(value)}")
 
 
 def _refused(document: Any, message: str) -> bool:

@@ -20,7 +20,7 @@ from ..files import inside, read_json, sweep, write_json
 from ..models.architecture import Architecture
 from ..models.conditioning import Conditioner
 from ..models.families import decode_model, graph_specs
-from ..models.graphs import signature
+from ..models.graphs import contract_difference
 from .graph_file import MAX_MODEL_BYTES, GraphFile, check_graph, stamp
 from .manifest import (
     MANIFEST,
@@ -31,6 +31,7 @@ from .manifest import (
     StoredFile,
     data_file,
     read_manifest,
+    shortened,
     write_manifest,
 )
 
@@ -63,14 +64,15 @@ class Bundle:
         }
         for where, graphs in listed.items():
             if set(graphs) != set(specs):
-                raise BundleError(f"{path}: {where} are {sorted(graphs)}, expected {sorted(specs)}")
+                raise BundleError(
+                    f"{path}: {where} are {shortened(sorted(graphs))}, expected {', '.join(sorted(specs))}"
+                )
         for kind, spec in specs.items():
             entry = manifest.graphs[kind]
-            found, expected = (signature(graph.inputs, graph.outputs) for graph in (entry, spec))
-            if found != expected:
+            if difference := contract_difference((entry.inputs, entry.outputs), (spec.inputs, spec.outputs)):
                 raise BundleError(
-                    f"{path}: graphs.{kind} has other inputs or outputs than this version's: {found}, "
-                    f"expected {expected}; rebuild with gtr-export build"
+                    f"{path}: graphs.{kind} has other inputs or outputs than this version's: {difference}; "
+                    "rebuild with gtr-export build"
                 )
         return cls(folder, manifest, architecture, conditioner)
 
@@ -87,7 +89,7 @@ class Bundle:
     @property
     def plan_defaults(self) -> Mapping[str, Any]:
         """Settings that plans on this model start from."""
-        return self.manifest.plan_defaults
+        return self.manifest.plan_defaults.settings
 
     @property
     def max_batch(self) -> int:

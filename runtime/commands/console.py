@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ..errors import GtrError, UsageError
+from ..errors import GtrError, UsageError, printable
 
 DEBUG_VARIABLE = "GTR_DEBUG"
 """Set to anything, it shows the traceback of an error that nobody foresaw."""
@@ -60,7 +60,7 @@ class CommandGroup(click.Group):
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def print_json(value: Any) -> None:

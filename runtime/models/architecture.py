@@ -68,6 +68,13 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     head_width: Size
     decoder: Decoder
 
+    def __post_init__(self) -> None:
+        if self.tokens * self.token_channels > 1 << 24 or max(self.image_size) > 1 << 14:
+            raise ValueError(
+                f"{self.tokens} tokens of {self.token_channels} channels, {self.image_size[0]}x{self.image_size[1]} "
+                "pixels: no picture needs so many"
+            )
+
     @property
     def family(self) -> str:
         """The key of families.FAMILIES."""

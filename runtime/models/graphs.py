@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
+from ..errors import printable
 from .architecture import Architecture
 
 Axis = int | str
@@ -88,6 +89,21 @@ def signature(inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], dtype
         return f"{dtype}{tensor.name}[{','.join(str(axis) for axis in tensor.axes)}]"
 
     return " -> ".join(", ".join(text(tensor) for tensor in side) for side in (inputs, outputs))
+
+
+Contract = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+"""Inputs and outputs."""
+
+
+def contract_difference(found: Contract, expected: Contract) -> str | None:
+    """The first input or output that differs, of both sides; None if the contracts are the same."""
+    for side, here, there in zip(("input", "output"), found, expected, strict=True):
+        for index in range(max(len(here), len(there))):
+            pair = [signature(tensors[index : index + 1], ()).removesuffix(" -> ") for tensors in (here, there)]
+            if pair[0] != pair[1]:
+                said = [printable(text)[:80] or "none" for text in pair]
+                return f"{side} {index + 1} is {said[0]}, expected {said[1]}"
+    return None
 
 
 NETWORKS = ("backbone", "diffusion_step", "detail_score", "decoder")

@@ -29,6 +29,7 @@ class MarArchitecture(Architecture, frozen=True, forbid_unknown_fields=True, kw_
     heads: Size
 
     def __post_init__(self) -> None:
+        Architecture.__post_init__(self)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
 

@@ -40,15 +40,19 @@ def test_every_error_is_one_line(error: BaseException, code: int, line: str) -> 
     assert result.stderr.replace("tool run", "tool").lstrip("\n") == line
 
 
-def test_unforeseen_errors_keep_their_traceback() -> None:
+def test_unforeseen_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     @click.group(cls=CommandGroup, name="tool")
     def group() -> None:
         pass
 
     @group.command()
     def run() -> NoReturn:
-        raise ZeroDivisionError
+        raise ZeroDivisionError("by\n\x1b[0mnought")
 
+    result = runner().invoke(group, ["run"])
+    assert result.exit_code == 1
+    assert result.stderr == "tool: unforeseen error, ZeroDivisionError: by ?[0mnought; GTR_DEBUG=1 shows where\n"
+    monkeypatch.setenv("GTR_DEBUG", "1")
     assert isinstance(runner().invoke(group, ["run"]).exception, ZeroDivisionError)
 
 
