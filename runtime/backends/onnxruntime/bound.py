@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 
 from ...sampling.chains import DiffusionChain, Floats
 from ...sampling.loop import BackboneOutput
-
-ALIGNMENT = 256
-"""Bytes; what cudaMalloc guarantees, so that no bound address is worse than an allocation of its own."""
+from ..blocks import packed
 
 MAX_FIXED_SHAPES = 128
 """Shapes (G, n) whose buffers and captured graphs are kept. ONNX Runtime cannot drop a captured graph, so any further
@@ -96,26 +94,26 @@ class BoundGraphs:
     def _denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         """One upload for all tables of the chain, x in two buffers by turns, one download."""
         session, channels = self._sessions["diffusion_step"], chain.x.shape[1]
-        tables = _Packed()
-        guidance, rows = tables.add(chain.guidance[None]), tables.add(chain.rows[None])
-        steps = [[tables.add(table) for table in (s.timesteps, s.coefficients, s.noise)] for s in chain.segments]
-        uploaded = self._put(tables.bytes())
+        steps = [table for s in chain.segments for table in (s.timesteps, s.coefficients, s.noise)]
+        (guidance, rows, *blocks), content = packed([chain.guidance[None], chain.rows[None], *steps])
+        uploaded = self._put(content)
         base = uploaded.data_ptr()
         # Both start as x_T: rows that have not joined yet are then right in either buffer.
         buffers = [self._put(chain.x.copy()), self._put(chain.x.copy())]
         current = 0
-        for segment, (timesteps, coefficients, noise) in zip(chain.segments, steps, strict=True):
+        for segment in chain.segments:
             n = segment.rows
-            own = self._rows_of_z(z, chain, base + rows.offset, n, buffers[0].data_ptr(), None)
+            timesteps, coefficients, noise, *blocks = blocks
+            own = self._rows_of_z(z, chain, rows.at(base), n, buffers[0].data_ptr(), None)
             binding = session.io_binding()
             self._bind(binding, "z", (z.shape[0], n, z.shape[3]), own.data_ptr())
-            self._bind(binding, "guidance", (n,), base + guidance.offset)
+            self._bind(binding, "guidance", (n,), guidance.at(base))
             for index in range(len(segment.timesteps)):
                 self._bind(binding, "x", (n, channels), buffers[current].data_ptr())
-                self._bind(binding, "timestep", (n,), base + timesteps.at(index), np.int64)
+                self._bind(binding, "timestep", (n,), timesteps.at(base, index), np.int64)
                 shape = segment.coefficients.shape[1:]
-                self._bind(binding, "coefficients", shape, base + coefficients.at(index))
-                self._bind(binding, "noise", (n, channels), base + noise.at(index))
+                self._bind(binding, "coefficients", shape, coefficients.at(base, index))
+                self._bind(binding, "noise", (n, channels), noise.at(base, index))
                 current = 1 - current
                 target = buffers[current].data_ptr()
                 binding.bind_output("x_next", *self._device, np.float32, [n, channels], target)
@@ -216,35 +214,3 @@ class _FixedStep:
     noise: Any
     bindings: list[Any]
     options: list[Any]
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Where a table [S, ...] lies in the packed bytes: entry k at ``offset + k stride``."""
-
-    offset: int
-    stride: int
-
-    def at(self, index: int) -> int:
-        return self.offset + index * self.stride
-
-
-class _Packed:
-    """Tables of several dtypes in one block of bytes, each entry along the first axis aligned."""
-
-    def __init__(self) -> None:
-        self._blocks: list[NDArray[np.uint8]] = []
-        self._size = 0
-
-    def add(self, table: NDArray[Any]) -> _Table:
-        raw = np.ascontiguousarray(table).reshape(len(table), -1).view(np.uint8)
-        stride = -(-raw.shape[1] // ALIGNMENT) * ALIGNMENT
-        block = np.zeros((len(table), stride), np.uint8)
-        block[:, : raw.shape[1]] = raw
-        self._blocks.append(block)
-        place = _Table(self._size, stride)
-        self._size += block.size
-        return place
-
-    def bytes(self) -> NDArray[np.uint8]:
-        return np.concatenate([block.ravel() for block in self._blocks])

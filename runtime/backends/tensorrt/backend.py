@@ -24,8 +24,8 @@ from ...sampling.chains import Floats
 from ...sampling.job import GenerationJob, Observer, generation_job
 from ...sampling.noise import SeededNoise
 from ...sampling.plan import SamplingPlan
+from ..blocks import padded
 from ..protocol import CUDA_GRAPH_MODES, CallHook, GraphCall, hooked
-from .device_layout import padded
 from .device_program import Capture, DeviceProgram
 from .engine import Engine, EngineCall
 from .library import LogCollector, load_library

@@ -4,8 +4,8 @@ Three areas, each one allocation. *Tables* depend on the plan alone and are uplo
 gives for each generation (positions, conditioning, noise) and go up in one copy. *Work* is never seen by the host, but
 for the finished latents. Knows NumPy and no CUDA.
 
-Engines want every tensor at an address that is a multiple of ``ALIGNMENT``, also the slice of one reverse step. So the
-per-step tables have a padded stride, ``Block.stride``; only the tables that pass through the row graphs are dense.
+Engines want every tensor aligned, also the slice of one reverse step. So the per-step tables have a padded stride; only
+the tables that pass through the row graphs are dense.
 """
 
 from __future__ import annotations
@@ -25,68 +25,7 @@ from ...sampling.diffusion import ReverseProcess
 from ...sampling.job import GenerationJob
 from ...sampling.plan import ARStep, SamplingPlan
 from ...sampling.selection import SCORED_RULES, select
-
-ALIGNMENT = 256
-"""Bytes; what TensorRT's setTensorAddress asks for."""
-
-
-def padded(size: int) -> int:
-    """``size`` rounded up to a multiple of ``ALIGNMENT``."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Block:
-    """One array in an area.
-
-    Attributes:
-        offset: bytes from the area's start.
-        shape: of the array.
-        dtype: float32 or int64.
-        stride: bytes from one entry of the first axis to the next; None for a dense array.
-    """
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: type[Any]
-    stride: int | None = None
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry of the first axis, without padding."""
-        return int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
-
-    @property
-    def bytes(self) -> int:
-        """Bytes from the first to the end of the last entry, padding included."""
-        if self.stride is not None:
-            return self.shape[0] * self.stride
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-
-    def at(self, base: int, index: int = 0) -> int:
-        """Address of the ``index``-th entry of the first axis of a padded block, in an area that starts at ``base``."""
-        return base + self.offset + (index * self.stride if self.stride else 0)
-
-    def view(self, area: NDArray[np.uint8]) -> NDArray[Any]:
-        """The array as a view of a host copy of its area."""
-        raw = area[self.offset : self.offset + self.bytes]
-        if self.stride is None:
-            return raw.view(self.dtype).reshape(self.shape)
-        return raw.reshape(self.shape[0], self.stride)[:, : self.entry_bytes].view(self.dtype).reshape(self.shape)
-
-
-class Area:
-    """Hands out blocks one after another; ``size`` is what must be allocated, in bytes."""
-
-    def __init__(self) -> None:
-        self.size = 0
-
-    def block(self, dtype: type[Any], *shape: int, steps: bool = False) -> Block:
-        """A new block; with ``steps`` its first axis has a padded stride."""
-        dense = Block(self.size, shape, dtype)
-        made = Block(self.size, shape, dtype, padded(dense.entry_bytes)) if steps else dense
-        self.size += padded(max(made.bytes, 1))
-        return made
+from ..blocks import Area, Block
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from ...sampling.job import GenerationJob, Observer, StepResult
 from ...sampling.loop import not_finite
 from ...sampling.plan import SamplingPlan
 from ...sampling.shapes import step_shapes
-from .device_layout import Block, StepLayout, device_layout, ordered_to_grid
+from ..blocks import Block
+from .device_layout import StepLayout, device_layout, ordered_to_grid
 from .engine import EngineCall
 
 
