@@ -16,12 +16,7 @@ from .selection import SCORED_RULES, select
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """z, the vectors that the diffusion head samples tokens from, where the backend keeps them.
-
-    Attributes:
-        shape: (G, B, P, D).
-        value: the backend's own handle; only that backend may look inside.
-    """
+    """z [G, B, P, D], what the diffusion head samples tokens from, as the backend's own handle, for itself alone."""
 
     shape: tuple[int, int, int, int]
     value: Any
@@ -50,11 +45,6 @@ class NetworkCalls(Protocol):
 
 def generate_on_host(networks: NetworkCalls, job: GenerationJob, observer: Observer | None = None) -> Floats:
     """One batch of latents, float32 [B, L, C] in grid order.
-
-    Args:
-        networks: runs the graphs.
-        job: the batch.
-        observer: called after each AR step.
 
     Raises:
         BackendError: a value is not finite.
@@ -89,7 +79,5 @@ def generate_on_host(networks: NetworkCalls, job: GenerationJob, observer: Obser
 
 def not_finite(step: int, steps: int, backend: str) -> BackendError:
     """The error for values that are not numbers, in the 0-based AR step ``step`` of ``steps``."""
-    return BackendError(
-        f"AR step {step + 1} of {steps} gave values that are not finite on backend "
-        f"{backend}; run gtr-export verify on the bundle, or use a bundle of higher precision"
-    )
+    what = f"AR step {step + 1} of {steps} gave values that are not finite on backend {backend}"
+    return BackendError(f"{what}; run gtr-export verify on the bundle, or use a bundle of higher precision")
