@@ -52,8 +52,7 @@ class HostLoopBackend(ABC):
     ) -> BackboneOutput:
         inputs = {"tokens": tokens, "visible": visible, "predict": predict, "context": context, **conditioning}
         z = self.run("backbone", inputs)[0]
-        branches, batch, predicted, width = z.shape
-        return BackboneOutput((branches, batch, predicted, width), z)
+        return BackboneOutput(z.shape, z)
 
     def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
         score, norm = self.run("detail_score", {"z": z.value[0]})

@@ -113,12 +113,7 @@ def _every_backend(bundle: Bundle, engine: BackendOptions) -> tuple[str, str | N
 
 
 def _measure(
-    bundle: Bundle,
-    engine: BackendOptions,
-    plans: Sequence[SamplingPlan],
-    sizes: Sequence[int],
-    repeat: int,
-    reporter: Reporter,
+    bundle: Bundle, engine: BackendOptions, plans: list[SamplingPlan], sizes: list[int], repeat: int, reporter: Reporter
 ) -> tuple[str, str | None, list[Measurement]]:
     """The backend's name, why it was taken if the user left it open, and its measurements."""
     from .timing import measure

@@ -111,6 +111,7 @@ def generate(
         with atomic_path(save_latents) as temporary:
             arrays = {"latents": result.latents, "seeds": np.array(seeds, np.uint64), **conditioner.stored(asked)}
             np.savez(temporary, allow_pickle=False, **arrays)
+    others = {"grid": grid, "trace": trace, "latents": save_latents}
     if as_json:
         print_json(
             {
@@ -121,13 +122,11 @@ def generate(
                 "plan": resolved.settings.to_json(),
                 "seconds": seconds,
                 "images": records,
-                "grid": str(grid) if grid else None,
-                "trace": str(trace) if trace else None,
-                "latents": str(save_latents) if save_latents else None,
+                **{name: str(path) if path else None for name, path in others.items()},
             }
         )
         return
     click.echo(f"{len(asked)} images in {seconds:.1f} s ({seconds / len(asked):.2f} s each) -> {out}")
-    for name, path in (("grid", grid), ("trace", trace), ("latents", save_latents)):
+    for name, path in others.items():
         if path is not None:
             click.echo(f"{name}: {path}")

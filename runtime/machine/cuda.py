@@ -130,10 +130,6 @@ class Cuda:
         """Queues a copy of ``size`` bytes to a host address, which holds them once the stream is synchronised."""
         self._copy("from the GPU", "cudaMemcpyDeviceToHost", destination, source, size, stream)
 
-    def copy(self, destination: int, source: int, size: int, stream: int) -> None:
-        """Queues a copy of ``size`` bytes within the GPU; the two ranges may not overlap."""
-        self._copy("within the GPU", "cudaMemcpyDeviceToDevice", destination, source, size, stream)
-
     def _copy(self, where: str, kind: str, destination: int, source: int, size: int, stream: int) -> None:
         if size:
             direction = getattr(self._runtime.cudaMemcpyKind, kind)
@@ -143,7 +139,7 @@ class Cuda:
     def copy_rows(
         self, destination: int, pitch: int, source: int, source_pitch: int, width: int, rows: int, stream: int
     ) -> None:
-        """Queues a copy of ``rows`` rows of ``width`` bytes within the GPU; pitches are bytes from row to row."""
+        """Queues a copy of rows of ``width`` bytes within the GPU, without overlap; pitches are bytes from row to row."""
         if width and rows:
             within = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
             places = destination, pitch, source, source_pitch

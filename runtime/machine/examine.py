@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,9 +88,9 @@ def examine_machine() -> Machine:
         if problem:
             problems[library] = problem
     gpu, gpu_problem = _find_gpu(versions["cuda-bindings"] is not None)
-    providers = _onnxruntime_providers() if versions["onnxruntime"] else ()
+    providers = _told(lambda: _import_quietly("onnxruntime").get_available_providers())
+    capabilities = _told(lambda: cpu_capabilities(_import_quietly("openvino")))
     system = f"{platform.system().lower()}-{platform.machine()}"
-    capabilities = _openvino_capabilities() if versions["openvino"] else ()
     return Machine(system, gpu, gpu_problem, versions, providers, problems, capabilities, _cpu_features())
 
 
@@ -141,17 +141,10 @@ def _distribution_version(name: str) -> str | None:
         return None
 
 
-def _onnxruntime_providers() -> tuple[str, ...]:
+def _told(ask: Callable[[], Iterable[str]]) -> tuple[str, ...]:
     try:
-        return tuple(_import_quietly("onnxruntime").get_available_providers())
-    except Exception:  # onnxruntime's own exceptions share no base class
-        return ()
-
-
-def _openvino_capabilities() -> tuple[str, ...]:
-    try:
-        return cpu_capabilities(_import_quietly("openvino"))
-    except Exception:  # such as a processor that OpenVINO does not know
+        return tuple(ask())
+    except Exception:  # not there, or such as a processor that OpenVINO does not know
         return ()
 
 

@@ -18,7 +18,7 @@ from .selection import SCORED_RULES, select
 class BackboneOutput:
     """z [G, B, P, D], what the diffusion head samples tokens from, as the backend's own handle, for itself alone."""
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     value: Any
 
 
@@ -54,8 +54,7 @@ def generate_on_host(networks: NetworkCalls, job: GenerationJob, observer: Obser
     latents = np.zeros((batch, total, job.architecture.token_channels), dtype=np.float32)
 
     for step in steps:
-        seen = job.orders[:, : step.known + step.predicted + step.context]
-        visible, predict, context = np.split(seen, [step.known, step.known + step.predicted], axis=1)
+        visible, predict, context = step.parts(job.orders)
         known = np.take_along_axis(latents, visible[:, :, None], axis=1)
         asked = {name: array[: step.branches] for name, array in job.conditioning.items()}
         z = networks.backbone(known, visible, predict, context, asked)

@@ -102,7 +102,7 @@ def test_a_round_trip(cuda: Cuda, machine: FakeMachine) -> None:
     source, target = pinned(cuda, bytes(range(16))), cuda.allocate_pinned(16)
     address = cuda.allocate(16)
     cuda.upload(address, source.address, 16, stream)
-    cuda.copy(other, address, 16, stream)
+    cuda.copy_rows(other, 16, address, 16, 16, 1, stream)
     cuda.download(target.address, other, 16, stream)
     assert set(target.array) == {255}  # nothing has run yet
     source.array[0] = 77  # a pinned source is read when the copy runs
@@ -139,7 +139,7 @@ def test_nothing_still_has_an_address(cuda: Cuda, machine: FakeMachine) -> None:
     assert first
     assert second not in (0, first)
     assert host.array.shape == (0,)
-    for call in (cuda.upload, cuda.download, cuda.copy):
+    for call in (cuda.upload, cuda.download):
         call(0, 0, 0, stream)
     assert "cudaMemcpyAsync" not in machine.calls()
 
@@ -194,7 +194,7 @@ def test_events_time_the_stream(cuda: Cuda, machine: FakeMachine) -> None:
     ("function", "call"),
     [
         ("cudaMemGetInfo", lambda cuda: cuda.memory()),
-        ("cudaMemcpyAsync", lambda cuda: cuda.copy(256, 512, 1, 0)),
+        ("cudaMemcpyAsync", lambda cuda: cuda.upload(256, 512, 1, 0)),
         ("cudaStreamCreateWithFlags", lambda cuda: cuda.create_stream()),
         ("cudaEventCreate", lambda cuda: cuda.create_event()),
         ("cudaEventRecord", lambda cuda: cuda.record(1, 0)),

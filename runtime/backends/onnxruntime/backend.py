@@ -27,23 +27,14 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @dataclass(frozen=True)
 class GraphInMemory:
-    """A changed copy of a graph whose large weights stay in the original's file.
-
-    Attributes:
-        model: serialized, without external data.
-        file: the original.
-    """
+    """A changed copy of a graph, serialized, whose large weights stay in the original's file."""
 
     model: bytes
     file: Path
 
 
 class OnnxRuntimeBackend(HostLoopBackend):
-    """Sessions for a bundle's graphs, on the CPU or the CUDA provider.
-
-    Attributes:
-        description: provider, and CUDA graphs if they are in use.
-    """
+    """Sessions for a bundle's graphs, on the CPU or the CUDA provider."""
 
     name = "onnxruntime"
 
@@ -61,7 +52,6 @@ class OnnxRuntimeBackend(HostLoopBackend):
         """Opens a session for each graph.
 
         Args:
-            graphs: graph kind to ONNX file, or to a changed copy of one.
             threads: intra-op threads; ONNX Runtime's default (physical cores) if None.
             provider: ``cpu`` or ``cuda``. CUDA computes float32 products in float32, not TF32.
             device: index of the GPU.
@@ -99,14 +89,9 @@ class OnnxRuntimeBackend(HostLoopBackend):
                     warnings.warn(f"{error}; going on without CUDA graphs", RuntimeWarning, stacklevel=2)
             self._sessions[kind] = self._open(path)
         if provider == "cuda" if bound is None else bound:
-            self._bound = BoundGraphs(
-                onnxruntime,
-                self._sessions,
-                provider,
-                device if provider == "cuda" else 0,
-                fixed,
-                lambda: self._open(graphs["diffusion_step"]),
-            )
+            place = (provider, device if provider == "cuda" else 0)
+            step = "diffusion_step"
+            self._bound = BoundGraphs(onnxruntime, self._sessions, place, fixed, lambda: self._open(graphs[step]))
 
     @property
     def description(self) -> str:

@@ -31,26 +31,15 @@ class BoundGraphs:
     """
 
     def __init__(
-        self,
-        runtime: Any,
-        sessions: dict[str, Any],
-        device_type: str,
-        device: int,
-        fixed: bool,
-        reopen_step: Callable[[], Any],
+        self, runtime: Any, sessions: dict[str, Any], device: tuple[str, int], fixed: bool, reopen: Callable[[], Any]
     ) -> None:
         """Args:
-        runtime: the onnxruntime module.
         sessions: graph kind to session; the diffusion step's is replaced if its CUDA graphs fail.
-        device_type, device: where buffers live, in ONNX Runtime's words (``cuda``, ``cpu``).
-        fixed: see above.
-        reopen_step: opens the diffusion step without CUDA graphs.
+        device: where buffers live, in ONNX Runtime's words (``cuda`` or ``cpu``, and an index).
+        reopen: opens the diffusion step without CUDA graphs.
         """
         self.fixed = fixed
-        self._runtime = runtime
-        self._sessions = sessions
-        self._device = (device_type, device)
-        self._reopen_step = reopen_step
+        self._runtime, self._sessions, self._device, self._reopen_step = runtime, sessions, device, reopen
         self._shapes: dict[tuple[int, int], _FixedStep] = {}
 
     def backbone(self, inputs: Mapping[str, NDArray[Any]]) -> BackboneOutput:
@@ -62,8 +51,7 @@ class BoundGraphs:
         binding.synchronize_inputs()
         self._sessions["backbone"].run_with_iobinding(binding)
         z = binding.get_outputs()[0]
-        branches, batch, predicted, width = z.shape()
-        return BackboneOutput((branches, batch, predicted, width), z)
+        return BackboneOutput(tuple(z.shape()), z)
 
     def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
         """Score and norm [B, P]; only these leave the device."""
@@ -83,9 +71,8 @@ class BoundGraphs:
                 return self._denoise_fixed(z, chain)
             except Exception as error:  # ONNX Runtime's own exceptions share no base class
                 reason = " ".join(str(error).split())[:200]
-                warnings.warn(
-                    f"ONNX Runtime could not use CUDA graphs, going on without: {reason}", RuntimeWarning, stacklevel=2
-                )
+                text = f"ONNX Runtime could not use CUDA graphs, going on without: {reason}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
                 self.fixed = False
                 self._shapes.clear()
                 self._sessions["diffusion_step"] = self._reopen_step()
@@ -141,7 +128,7 @@ class BoundGraphs:
     def _fixed_step(self, z: BackboneOutput, n: int, channels: int, table: int) -> _FixedStep:
         key = z.shape[0], n
         if key not in self._shapes:
-            branches, width = z.shape[0], z.shape[3]
+            branches, width, full = z.shape[0], z.shape[3], len(self._shapes) >= MAX_FIXED_SHAPES
             x = (self._empty((n, channels)), self._empty((n, channels)))
             inputs = {
                 "z": self._empty((branches, n, width)),
@@ -158,23 +145,17 @@ class BoundGraphs:
                 binding.bind_ortvalue_output("x_next", x[1 - direction])
                 option = self._runtime.RunOptions()
                 # 0 is ONNX Runtime's own, -1 captures nothing.
-                full = len(self._shapes) >= MAX_FIXED_SHAPES
                 option.add_run_config_entry("gpu_graph_id", str(-1 if full else 2 * len(self._shapes) + 1 + direction))
                 bindings.append(binding)
                 options.append(option)
             step = _FixedStep(x=x, bindings=bindings, options=options, **inputs)
-            if len(self._shapes) >= MAX_FIXED_SHAPES:
+            if full:
                 return step
             self._shapes[key] = step
         return self._shapes[key]
 
-    def _rows_of_z(
-        self, z: BackboneOutput, chain: DiffusionChain, rows: int, n: int, x: int, target: Any | None
-    ) -> Any:
-        """z [G, n, D] of the chain's first n rows, into ``target`` if given.
-
-        The bundle's gather_rows graph does it; what it gathers from x and from noise is not needed here.
-        """
+    def _rows_of_z(self, z: BackboneOutput, chain: DiffusionChain, rows: int, n: int, x: int, target: Any) -> Any:
+        """z [G, n, D] of the chain's first n rows, into ``target`` if given; the rest is not needed."""
         session = self._sessions["gather_rows"]
         branches, batch, predicted, width = z.shape
         total, channels = chain.x.shape
