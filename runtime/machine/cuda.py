@@ -139,7 +139,7 @@ class Cuda:
     def copy_rows(
         self, destination: int, pitch: int, source: int, source_pitch: int, width: int, rows: int, stream: int
     ) -> None:
-        """Queues a copy of rows of ``width`` bytes within the GPU, without overlap; pitches are bytes from row to row."""
+        """Queues a copy of rows of ``width`` bytes within the GPU, not overlapping; pitches: bytes from row to row."""
         if width and rows:
             within = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
             places = destination, pitch, source, source_pitch

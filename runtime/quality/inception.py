@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import GtrError, UsageError
-from ..machine.plugins import load_plugin
 from ..models.conditioning import Request
 from .estimates import Estimate, Z, negative_entropy
 from .frechet import FeatureStatistics, StatisticsSum, frechet_distance
@@ -136,5 +136,12 @@ def open_inception(weights: Path | None, device: str | None) -> Extract:
     Raises:
         GtrError: it is not installed, or cannot be opened.
     """
-    open_features = load_plugin(ENTRY_POINTS, "inception", f"Inception features come with torch-fidelity; {INSTALL}")
+    missing = f"Inception features come with torch-fidelity; {INSTALL}"
+    points = tuple(entry_points(group=ENTRY_POINTS, name="inception"))
+    if not points:
+        raise GtrError(missing)
+    try:
+        open_features = points[0].load()
+    except ImportError as cause:
+        raise GtrError(f"{missing} ({cause})") from None
     return open_features(weights, device)
