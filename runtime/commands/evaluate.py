@@ -255,8 +255,8 @@ def _batches(job: _Job) -> Iterator[tuple[NDArray[np.uint8], list[Request], floa
 def _settings(job: _Job, request: Request, seed: int) -> dict[str, Any]:
     """What decides an image, for its PNG: more than ``generate`` says, since it has to be found again."""
     sums = "".join(files.model.sha256 for _, files in sorted(job.bundle.graphs.items()))
-    graphs = {"graphs": hashlib.sha256(sums.encode()).hexdigest()}
-    return image_settings(job.bundle, job.pipeline.backend.name, request, seed, job.plan) | graphs
+    graphs = hashlib.sha256(sums.encode()).hexdigest()
+    return image_settings(job.bundle, job.pipeline.backend.name, request, seed, job.plan, graphs=graphs)
 
 
 def _read(files: Mapping[Path, Mapping[str, Any]]) -> NDArray[np.uint8] | None:
