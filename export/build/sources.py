@@ -15,7 +15,7 @@ from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import GtrError, UsageError
 from ...runtime.models.architecture import Architecture
-from ..zoo import MEBIBYTE, MODELS, ModelEntry, WeightSource
+from ..zoo import MODELS, ModelEntry, WeightSource
 from .digests import file_sha256
 from .download import find_or_download
 
@@ -122,8 +122,7 @@ def resolve_weights(
 def _find(what: str, source: WeightSource | None, cached_name: str, reporter: Reporter) -> Path:
     if source is None:
         raise GtrError(f"{what} has no published weights; give a file with --checkpoint")
-    with reporter.bar(f"download {what}", source.mebibytes, "MiB") as bar:
-        return find_or_download(source, cached_name, lambda done, total: bar.to(done // MEBIBYTE))
+    return find_or_download(source, cached_name, reporter)
 
 
 def weights_of_bundle(
