@@ -123,8 +123,7 @@ def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, 
 def ranges_of(request: CalibrationRequest, flavour: str, collected: Collected) -> dict[str, Range]:
     """Ranges by the request's method, or the precision's own."""
     method = request.method or METHOD_OF[request.precision]
-    grid = "fp8" if flavour == "fp8" else "integer"
-    return layer_ranges(collected.all, method, flavour != "cpu", request.percentile, grid)
+    return layer_ranges(collected.all, method, flavour != "cpu", request.percentile)
 
 
 def bench_of(request: CalibrationRequest, flavour: str, reporter: Reporter) -> Bench:
@@ -188,7 +187,7 @@ def _write(
         "model": bundle.architecture.name,
         "precision": request.precision,
         "plan": prepared.plan.settings.to_json(),
-        "images": collected.images,
+        "images": len(prepared.images.seeds),
         "rest": "fp16" if prepared.float16 else "fp32",
         "own_latents": prepared.images.latents is not None,
         "method": request.method or METHOD_OF[request.precision],
