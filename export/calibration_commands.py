@@ -165,6 +165,8 @@ def sensitivity(
     calibration: dict[str, Any],
 ) -> None:
     """Show what each layer costs when it alone is quantised, worst first."""
+    from dataclasses import asdict
+
     from ..calibration.quantised_bundle import bench_of
     from ..calibration.sensitivity import COST_COLUMNS, cost_rows, layer_costs
     from ..runtime.pictures.charts import checked_target
@@ -181,7 +183,7 @@ def sensitivity(
 
         plot_bars(plot, f"{title}: share of the image error by layer", [(c.layer, c.contribution) for c in costs])
     if as_json:
-        print_json({"precision": precision, "flavour": bench.flavour, "layers": [cost.to_json() for cost in costs]})
+        print_json({"precision": precision, "flavour": bench.flavour, "layers": [asdict(cost) for cost in costs]})
         return
     print_table(COST_COLUMNS, cost_rows(costs), title=title)
     if plot is not None:
