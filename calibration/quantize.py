@@ -84,11 +84,7 @@ def quantised_weight(values: NDArray[np.float32], axis: int, flavour: Flavour) -
 
 
 def quantise_graph(
-    source: Path,
-    target: Path,
-    ranges: Mapping[str, Range],
-    flavour: str,
-    only: Collection[str] | None = None,
+    source: Path, target: Path, ranges: Mapping[str, Range], flavour: str, only: Collection[str] | None = None
 ) -> None:
     """Writes ``target`` (and ``target``.data where the weights are large).
 

@@ -54,7 +54,7 @@ MAR = ExportFamily(
     {
         "backbone": NetworkModule(Backbone),
         "diffusion_step": NetworkModule(DiffusionHead, "diffloss.net.", DiffusionStep),
-    },
+    }
 )
 
 FAMILIES: dict[str, ExportFamily] = {"mar": MAR}

@@ -14,16 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from ...runtime.bundle.manifest import (
-    FORMAT,
-    SCHEMA,
-    EngineSet,
-    GraphEntry,
-    GraphFiles,
-    Manifest,
-    Precision,
-    data_file,
-)
+from ...runtime.bundle.manifest import FORMAT, SCHEMA, EngineSet, GraphEntry, GraphFiles, Manifest, Precision, data_file
 from ...runtime.bundle.reader import Bundle
 from ...runtime.bundle.staged import RECORD, Stage, StagedFolder, lock, replaceable, stage_key, take
 from ...runtime.commands.console import Reporter

@@ -91,12 +91,7 @@ def _file(path: Path | None) -> WeightsFile | None:
 
 
 def resolve_weights(
-    model: str,
-    entry: ModelEntry,
-    checkpoint: Path | None,
-    vae: Path | None,
-    random_weights: bool,
-    reporter: Reporter,
+    model: str, entry: ModelEntry, checkpoint: Path | None, vae: Path | None, random_weights: bool, reporter: Reporter
 ) -> Weights:
     """Finds the files: named ones, the package's own, the cache, the original project's folders, then the network.
 

@@ -255,11 +255,7 @@ def _shapes(spec: GraphSpec) -> list[tuple[str, Mapping[str, int]]]:
 
 
 def _finite(
-    backend: Backend,
-    specs: Mapping[str, GraphSpec],
-    bundle: Bundle,
-    report: Report,
-    reporter: Reporter,
+    backend: Backend, specs: Mapping[str, GraphSpec], bundle: Bundle, report: Report, reporter: Reporter
 ) -> None:
     for kind, spec in specs.items():
         with reporter.stage(f"finite: {kind}"):
