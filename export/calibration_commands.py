@@ -32,22 +32,18 @@ class _Keep(click.ParamType):
         return int(value)
 
 
-#: (option, setting, type, default, help)
-BUILD_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
+_Option = tuple[str, str, Any, Any, str]  # option, setting, type, default, help
+_PRESETS = click.Choice(preset_names())
+
+BUILD_OPTIONS: tuple[_Option, ...] = (
     ("--calibration-images", "images", int, 64, "int8, fp8: images that activation ranges come from."),
-    (
-        "--calibration-plan",
-        "plan",
-        click.Choice(preset_names()),
-        "gtr",
-        "int8, fp8: preset that they are sampled with.",
-    ),
+    ("--calibration-plan", "plan", _PRESETS, "gtr", "int8, fp8: preset that they are sampled with."),
     ("--keep", "keep", _Keep(), "auto", "int8, fp8: the worst N layers, or what the gate needs, stay in float32."),
 )
 
 _FLOAT16 = ("--float16", "float16", _PATH, None, "fp16 bundle of the same checkpoint: what GPUs do not quantise.")
 
-_MORE_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
+_MORE_OPTIONS: tuple[_Option, ...] = (
     ("--method", "method", click.Choice(_METHODS), None, "Range of an activation (default: mse; fp8: max)."),
     ("--percentile", "percentile", float, 99.99, "Of method percentile: share of the values inside."),
     ("--calibration-classes", "classes", str, None, "Classes to go round, as in gtr-run generate (default: all)."),
@@ -58,19 +54,12 @@ _MORE_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
 )
 
 
-def calibration_options(options: tuple[tuple[str, str, Any, Any, str], ...]) -> Callable[..., Any]:
+def calibration_options(options: tuple[_Option, ...]) -> Callable[..., Any]:
     """Adds options; the command gets ``calibration``, those that were typed, by setting."""
-
-    decorators = {
-        f"calibration_{setting}": click.option(
-            option,
-            f"calibration_{setting}",
-            type=kind,
-            default=None,
-            help=text if default is None else f"{text} [default: {default}]",
-        )
-        for option, setting, kind, default, text in options
-    }
+    decorators = {}
+    for option, setting, kind, default, text in options:
+        shown = text if default is None else f"{text} [default: {default}]"
+        decorators[f"calibration_{setting}"] = click.option(option, f"calibration_{setting}", type=kind, help=shown)
     return lambda command: with_options(
         command, decorators, lambda values: {"calibration": given(values, "calibration_")}
     )
@@ -116,9 +105,7 @@ def calibrate(
     if as_json:
         print_json({"bundle": str(result.bundle), "state": result.state, "report": result.report, "next": following})
         return
-    print_table(
-        ["flavour", "error of z", "of eps", "of images", "limit", "size", "kept"], report_rows(result.report)
-    )  # fmt: skip
+    print_table(["flavour", "error of z", "of eps", "of images", "limit", "size", "kept"], report_rows(result.report))
     if result.report["rest"] == "fp32":
         click.echo("attention stays float32 on GPUs; --float16 with an fp16 bundle of the same checkpoint changes that")
     state = "is up to date" if result.state == "cached" else f"calibrated in {seconds:.0f} s"
