@@ -109,11 +109,7 @@ def quantisable(model: onnx.ModelProto) -> list[Layer]:
 
 
 def weight_values(model: onnx.ModelProto, name: str, folder: Path) -> NDArray[np.float32]:
-    """One initializer as float32; the graph's copy is not filled in.
-
-    Args:
-        folder: of the graph's file, where external data lies.
-    """
+    """One initializer as float32; the graph's copy is not filled in. External data lies in ``folder``."""
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     if uses_external_data(tensor):
         copy = onnx.TensorProto()

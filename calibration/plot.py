@@ -16,8 +16,6 @@ def plot_bars(path: Path, title: str, bars: Sequence[tuple[str, float]]) -> None
     """Writes a PNG of horizontal bars on a logarithmic axis: at most the 30 largest, the largest on top.
 
     Args:
-        path: ends in .png.
-        title: one line.
         bars: (name, value of at least 0); 0 has no bar, infinity a full one.
 
     Raises:

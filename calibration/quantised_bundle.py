@@ -84,9 +84,7 @@ def calibration_key(
 ) -> str:
     """Hash of everything that the quantised bundle depends on.
 
-    Args:
-        stages: the keys of the graphs of each source, from their manifests: float32 and, where there is one, float16.
-        max_batch: the source's.
+    ``stages`` are the keys of the graphs of each source, from their manifests: float32 and, if there is one, float16.
     """
     return stage_key(
         stages=[[dict(keys) for keys in stages], max_batch],

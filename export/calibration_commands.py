@@ -66,9 +66,7 @@ def calibration_options(options: tuple[_Option, ...]) -> Callable[..., Any]:
 
 
 def check_calibration(precision: str, calibration: dict[str, Any]) -> None:
-    """Raises:
-    UsageError: calibration options of a precision that is not calibrated.
-    """
+    """Raises a UsageError for calibration options of a precision that is not calibrated."""
     if calibration and precision not in QUANTISED:
         names = ", ".join(option for option, setting, *_ in BUILD_OPTIONS if setting in calibration)
         raise UsageError(f"{names}: precision {precision} is not calibrated; give --precision int8 or fp8")

@@ -33,11 +33,7 @@ class NetworkModule:
 
 @dataclass(frozen=True)
 class ExportFamily:
-    """What exporting knows of one model family.
-
-    Attributes:
-        networks: graph kind to its module.
-    """
+    """What exporting knows of one model family: graph kind to its module."""
 
     networks: Mapping[str, NetworkModule]
 

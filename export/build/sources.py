@@ -31,7 +31,6 @@ class Weights:
     """The weights of one build.
 
     Attributes:
-        architecture: the model.
         checkpoint_path, vae_path: files; None for random weights, or where the model has no VAE.
         random_seed: set where the checkpoint is random.
     """

@@ -36,9 +36,6 @@ class TorchBackend(HostLoopBackend):
 
     On CUDA, TF32 is switched off for the process: float32 products there keep 10 bits of mantissa otherwise, which is
     further from the CPU's than any tolerance allows.
-
-    Attributes:
-        description: device, precision and whether CUDA graphs are in use.
     """
 
     name = "torch"

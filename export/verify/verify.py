@@ -55,12 +55,9 @@ class Check:
     """One line of the table.
 
     Attributes:
-        rung: one of ``RUNGS``.
         subject: graph, shape or plan.
         status: ``ok``, ``failed`` or ``skipped``.
-        value: relative error, where there is one.
-        tolerance: its limit.
-        note: what else is to be said.
+        value, tolerance: relative error, where there is one, and its limit.
     """
 
     rung: str
@@ -130,7 +127,6 @@ def verify(
     """Climbs the rungs and writes ``reports/parity.json``, or ``parity-<engine>.json``, into the bundle.
 
     Args:
-        folder: the bundle.
         engine: a backend's name; ``onnxruntime`` on the CPU, the bundle's engines of a flavour on the GPU.
         checkpoint, vae: the files it was built from, where they have moved.
         plans: presets to compare whole generations for; by default all that are within ``CPU_BUDGET``.
