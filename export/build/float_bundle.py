@@ -14,16 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from ...runtime.bundle.manifest import (
-    FORMAT,
-    SCHEMA,
-    EngineSet,
-    GraphEntry,
-    GraphFiles,
-    Manifest,
-    Precision,
-    data_file,
-)
+from ...runtime.bundle.manifest import FORMAT, SCHEMA, EngineSet, GraphEntry, GraphFiles, Manifest, Precision, data_file
 from ...runtime.bundle.reader import Bundle
 from ...runtime.bundle.staged import RECORD, Stage, StagedFolder, lock, replaceable, stage_key, take
 from ...runtime.commands.console import Reporter
@@ -55,9 +46,7 @@ def build_float(request: BuildRequest, reporter: Reporter) -> BuildResult:
     entry, out = request.entry(), request.out
     with lock(out):
         old = replaceable(out, request.model, request.precision, request.force)
-        weights = resolve_weights(
-            request.model, entry, request.checkpoint, request.vae, request.random_weights, reporter
-        )
+        weights = resolve_weights(request, reporter)
         specs = graph_specs(entry.architecture, request.max_batch)
         keys = stage_keys(request, weights)
         folder = StagedFolder(out, request.force)
