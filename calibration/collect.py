@@ -7,6 +7,7 @@ are stored, and a run that was killed goes on where it was.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..runtime.errors import BackendError, GtrError, UsageError
 from ..runtime.files import atomic_path, sha256
 from ..runtime.models.architecture import Architecture
 from ..runtime.models.conditioning import Arrays
-from ..runtime.sampling.chains import DiffusionChain, Floats, Integers
+from ..runtime.sampling.chains import Floats, Integers
 from ..runtime.sampling.job import generation_job
 from ..runtime.sampling.loop import BackboneOutput, generate_on_host
 from ..runtime.sampling.noise import SeededNoise
@@ -44,30 +45,20 @@ trajectories of one plan and seed change (runtime/sampling), ``statistics`` for 
 ``ranges`` for what is chosen from that (ranges.py, sensitivity.py, probes.py), ``quantise`` for the graphs that are
 written (layers.py, quantize.py). The last two let a stopped run go on with its statistics."""
 
-LayerStatistics = dict[str, Statistics]
-"""Layer name to the statistics of what enters it; layers with the same input share them."""
-
 
 @dataclass(frozen=True)
 class Collected:
     """What a calibration run has seen.
 
     Attributes:
-        statistics: graph kind to layer name to statistics.
-        images: number of images.
+        all: layer name to the statistics of what enters it; layers with the same input share them.
         resumed: images that an interrupted run had done.
         grown: bytes by which the process's peak memory rose while the batches ran.
     """
 
-    statistics: dict[str, LayerStatistics]
-    images: int
+    all: dict[str, Statistics]
     resumed: int
     grown: int
-
-    @property
-    def all(self) -> LayerStatistics:
-        """Of both graphs; names do not collide, since the head's begin with ``head.``."""
-        return {name: seen for layers in self.statistics.values() for name, seen in layers.items()}
 
 
 class Collector:
@@ -78,16 +69,12 @@ class Collector:
         layers: graph kind to layer name to the tensor that enters it.
     """
 
-    def __init__(self, graphs: Mapping[str, Path], ar_steps: frozenset[int] | None = None) -> None:
-        """
-        Args:
-            graphs: graph kind to float graph.
-            ar_steps: indices of the AR steps to watch; all if None.
-        """
+    def __init__(self, graphs: Mapping[str, Path]) -> None:
+        """``graphs``: graph kind to float graph."""
         self.watched: dict[str, dict[str, Statistics]] = {}
         self.layers: dict[str, dict[str, str]] = {}
         self.graphs: dict[str, Path | GraphFile] = {}
-        self._ar_steps, self._ar_step = ar_steps, -1
+        self._ar_step = -1
         self._names: dict[str, list[str]] = {}
         for kind, path in graphs.items():
             self.graphs[kind] = self._watching(kind, path) if kind in QUANTISED_KINDS else path
@@ -101,15 +88,14 @@ class Collector:
         inputs = {value.name for value in model.graph.input}
         for tensor in tensors:
             if tensor not in inputs:
-                value = onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
-                model.graph.output.append(value)
+                model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
         self._names[kind] = [value.name for value in model.graph.output]
         return GraphFile(path, model.SerializeToString())
 
     def __call__(self, call: GraphCall) -> None:
         if call.kind == "backbone":
             self._ar_step = self._ar_step + 1 if call.inputs["visible"].shape[1] else 0
-        if call.kind not in self.watched or (self._ar_steps is not None and self._ar_step not in self._ar_steps):
+        if call.kind not in self.watched:
             return
         found = {**call.inputs, **dict(zip(self._names[call.kind], call.outputs, strict=True))}
         for tensor, statistics in self.watched[call.kind].items():
@@ -120,28 +106,17 @@ class Collector:
                 raise BackendError(f"{where}: {error}; run gtr-export verify on the bundle") from None
 
 
-@dataclass(frozen=True)
-class _Given:
-    """Networks that go on from given latents [B, L, C] instead of from what they have sampled."""
+class _Shown(OnnxRuntimeBackend):
+    """Goes on from given latents [B, L, C], where there are some, instead of from what it has sampled."""
 
-    networks: OnnxRuntimeBackend
-    latents: Floats
-
-    @property
-    def name(self) -> str:
-        return self.networks.name
+    latents: Floats | None = None
 
     def backbone(
         self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays
     ) -> BackboneOutput:
-        known = np.take_along_axis(self.latents, visible[:, :, None], axis=1)
-        return self.networks.backbone(known, visible, predict, context, conditioning)
-
-    def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
-        return self.networks.detail(z)
-
-    def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
-        return self.networks.denoise(z, chain)
+        if self.latents is not None:
+            tokens = np.take_along_axis(self.latents, visible[:, :, None], axis=1)
+        return super().backbone(tokens, visible, predict, context, conditioning)
 
 
 def collect(
@@ -153,34 +128,27 @@ def collect(
     checkpoint: Path | None = None,
     batch_size: int = BATCH,
     threads: int | None = None,
-    ar_steps: frozenset[int] | None = None,
 ) -> Collected:
     """Runs the sampler over the images.
 
     Args:
-        architecture: the model.
         graphs: graph kind to float graph.
         plan: resolved for the model.
-        images: what to generate.
-        reporter: gets the progress.
         checkpoint: NPZ that is written after every batch and resumed from; a finished one is simply read.
         batch_size: images per batch.
         threads: of one call.
-        ar_steps: watch these AR steps only; for showing what that costs.
 
     Raises:
-        UsageError: a senseless batch size or AR step, or graphs that are quantised already.
+        UsageError: a senseless batch size, or graphs that are quantised already.
         BackendError: a graph does not run, or a watched value is not finite.
     """
     if batch_size < 1:
         raise UsageError(f"calibration batch size {batch_size} is not at least 1")
-    if ar_steps is not None and not (ar_steps and ar_steps <= set(range(len(plan.steps)))):
-        raise UsageError(f"AR steps {sorted(ar_steps)} are not in 0..{len(plan.steps) - 1}")
     wanted = {kind: graphs[kind] for kind in graphs if kind in (*QUANTISED_KINDS, "detail_score")}
-    collector = Collector(wanted, ar_steps)
-    backend = OnnxRuntimeBackend(collector.graphs, threads, "cpu")
+    collector = Collector(wanted)
+    backend = _Shown(collector.graphs, threads)
     backend.hook = collector
-    identity = _identity(wanted, plan, images, batch_size, ar_steps)
+    identity = _identity(wanted, plan, images, batch_size)
     done = _resume(checkpoint, identity, collector) if checkpoint else 0
     resumed, start = done, peak_memory()
     count, calls = len(images.seeds), len(plan.steps)
@@ -194,34 +162,28 @@ def collect(
             batch = images.part(part)
             noise = SeededNoise(batch.seeds, architecture.token_channels)
             job = generation_job(plan, architecture, batch.conditioning, batch.seeds, noise)
-            networks = backend if batch.latents is None else _Given(backend, batch.latents)
-            generate_on_host(networks, job, lambda result: bar.advance(len(result.predicted)))
+            backend.latents = batch.latents
+            generate_on_host(backend, job, lambda result: bar.advance(len(result.predicted)))
             done = part.stop
             if checkpoint:
                 _store(checkpoint, identity, done, collector)
     grown = max(0, peak_memory() - start)
     reporter.say(f"{title}: peak memory rose by {grown / 2**20:.0f} MiB")
-    statistics = {
-        kind: {name: collector.watched[kind][tensor] for name, tensor in layers.items()}
-        for kind, layers in collector.layers.items()
+    seen = {
+        name: collector.watched[kind][tensor]
+        for kind in collector.layers
+        for name, tensor in collector.layers[kind].items()
     }
-    return Collected(statistics, count, resumed, grown)
+    return Collected(seen, resumed, grown)
 
 
-def _identity(
-    graphs: Mapping[str, Path],
-    plan: SamplingPlan,
-    images: CalibrationImages,
-    batch_size: int,
-    ar_steps: frozenset[int] | None,
-) -> str:
+def _identity(graphs: Mapping[str, Path], plan: SamplingPlan, images: CalibrationImages, batch_size: int) -> str:
     """Hash of everything that the statistics depend on."""
     return stage_key(
         graphs={kind: [sha256(path), graph_bytes(path)] for kind, path in graphs.items()},
         plan=plan.settings.to_json(),
         images=images.identity,
         batch_size=batch_size,
-        ar_steps=sorted(ar_steps) if ar_steps is not None else None,
         statistics=[BINS, SAMPLES],
         versions=[STAGE_VERSIONS[name] for name in ("sampler", "plan", "noise", "statistics")],
     )
@@ -252,11 +214,7 @@ def _resume(path: Path, identity: str, collector: Collector) -> int:
                 for kind, tensors in collector.watched.items()
             }
             done = int(stored["done"])
-    except (OSError, ValueError, KeyError, EOFError, GtrError):
-        return 0
-    except Exception as error:  # zipfile's own errors; a damaged record only means that the images run again
-        if type(error).__name__ == "BadZipFile":
-            return 0
-        raise
+    except (OSError, ValueError, KeyError, EOFError, GtrError, zipfile.BadZipFile):
+        return 0  # a damaged record only means that the images run again
     collector.watched.update(found)
     return done

@@ -63,10 +63,8 @@ def calibration_images(
     """The images of a calibration run.
 
     Args:
-        architecture, conditioner: the model.
         count: number of images; with ``latents`` at most so many of them.
         requests: what to go round; spread over all that there is by default.
-        first_seed: seed of the first image.
         latents: NPZ as ``gtr-run generate --save-latents`` writes it: ``latents`` [n, L, C] and what they were asked to
             be.
 

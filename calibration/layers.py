@@ -51,13 +51,15 @@ class Layer:
     axis: int
 
     @property
+    def multiplications(self) -> int:
+        """Of one row."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def group(self) -> str:
         """The kind of layer, whatever its depth: ``encoder_blocks.*.mlp.fc1``."""
-        return ".".join("*" if part.isdigit() and index < 3 else part for index, part in enumerate(_parts(self.name)))
-
-
-def _parts(name: str) -> list[str]:
-    return name.split(".")
+        parts = self.name.split(".")
+        return ".".join("*" if part.isdigit() and index < 3 else part for index, part in enumerate(parts))
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
@@ -107,11 +109,7 @@ def quantisable(model: onnx.ModelProto) -> list[Layer]:
 
 
 def weight_values(model: onnx.ModelProto, name: str, folder: Path) -> NDArray[np.float32]:
-    """One initializer as float32; the graph's copy is not filled in.
-
-    Args:
-        folder: of the graph's file, where external data lies.
-    """
+    """One initializer as float32; the graph's copy is not filled in. External data lies in ``folder``."""
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     if uses_external_data(tensor):
         copy = onnx.TensorProto()
@@ -119,16 +117,3 @@ def weight_values(model: onnx.ModelProto, name: str, folder: Path) -> NDArray[np
         load_external_data_for_tensor(copy, str(folder))
         tensor = copy
     return numpy_helper.to_array(tensor).astype(np.float32)
-
-
-def checked_names(names: tuple[str, ...], known: list[str]) -> None:
-    """Raises:
-    UsageError: a name is no layer of these graphs; suggests the nearest.
-    """
-    import difflib
-
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; gtr-export sensitivity lists them"
-            raise UsageError(f"no layer is called {name!r}{hint}")

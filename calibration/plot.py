@@ -6,28 +6,23 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runtime.pictures.charts import BLUE, DARK, VERMILION, new_figure, plain, save_figure
+from ..runtime.pictures.charts import BLUE, DARK, new_figure, plain, save_figure
 
 MOST = 30
 """Bars of one chart."""
 
 
-def plot_bars(path: Path, title: str, bars: Sequence[tuple[str, float]], kept: Sequence[str] = ()) -> None:
+def plot_bars(path: Path, title: str, bars: Sequence[tuple[str, float]]) -> None:
     """Writes a PNG of horizontal bars on a logarithmic axis: at most the 30 largest, the largest on top.
 
     Args:
-        path: ends in .png.
-        title: one line.
         bars: (name, value of at least 0); 0 has no bar, infinity a full one.
-        kept: names drawn in another colour.
 
     Raises:
         GtrError: matplotlib is missing.
     """
     shown = sorted(bars, key=lambda bar: -bar[1])[:MOST]
     note = f"the {len(shown)} worst of {len(bars)} layers" if len(shown) < len(bars) else ""
-    if any(name in kept for name, _ in shown):
-        note += f"{'; ' if note else ''}orange: kept as it was"
     figure = new_figure(9, 1.2 + 0.24 * len(shown), title, note)
     axes = figure.add_subplot()
     plain(axes, "x")
@@ -36,8 +31,7 @@ def plot_bars(path: Path, title: str, bars: Sequence[tuple[str, float]], kept: S
     low, high = 10.0 ** math.floor(math.log10(min(positive))), 1.6 * max(positive)
     low = low if low < min(positive) else low / 10
     rows = range(len(shown))
-    ends = [min(value, high) for _, value in shown]
-    axes.barh(rows, ends, height=0.7, color=[VERMILION if name in kept else BLUE for name, _ in shown])
+    axes.barh(rows, [min(value, high) for _, value in shown], height=0.7, color=BLUE)
     for row, (_, value) in zip(rows, shown, strict=True):
         end = (min(max(value, low), high), row)
         axes.annotate(f"{value:.2g}", end, (4, 0), textcoords="offset points", va="center", size=9.5, color=DARK)

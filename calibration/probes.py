@@ -25,15 +25,15 @@ from ..runtime.sampling.job import GenerationJob, generation_job
 from ..runtime.sampling.noise import SeededNoise
 from ..runtime.sampling.plan import SamplingPlan
 from .data import CalibrationImages
+from .layers import QUANTISED_KINDS
 
 #: x0 = 0 x - 1 eps; x_next = 1 x0 + 0 x + no noise.
 _ONLY_EPS = {"sqrt_recipm1_alpha_bar": 1.0, "posterior_mean_x0": 1.0}
 
 Call = dict[str, NDArray[Any]]
 
-#: What is recorded, and what the sampler needs besides for FTS.
-_PROBED = ("backbone", "diffusion_step")
-_SAMPLED = (*_PROBED, "detail_score")
+AR_STEPS, CALLS = 6, 5
+"""AR steps that calls are kept of, and reverse steps of each of them; both evenly spread over what there is."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,13 @@ class Probes:
             return relative_error(found, self.expected[kind])
         level = np.sqrt(1 - np.cumprod(1 - cosine_betas()))
         weights = [level[call["timestep"]][:, None] for call in self.inputs[kind]]
-        pairs = zip(found, self.expected[kind], weights, strict=True)
-        weighted = [(output * weight, wanted * weight) for output, wanted, weight in pairs]
-        return relative_error([a for a, _ in weighted], [b for _, b in weighted])
+        weighted = ([a * weight for a, weight in zip(x, weights, strict=True)] for x in (found, self.expected[kind]))
+        return relative_error(*weighted)
 
     def eps_errors(self, found: Sequence[Floats]) -> dict[int, float]:
         """Relative error of eps per recorded diffusion timestep, not weighted."""
-        calls = zip(self.timesteps, found, self.expected["diffusion_step"], strict=True)
         grouped: dict[int, list[tuple[Floats, Floats]]] = {}
-        for timestep, output, wanted in calls:
+        for timestep, output, wanted in zip(self.timesteps, found, self.expected["diffusion_step"], strict=True):
             grouped.setdefault(timestep, []).append((output, wanted))
         return {t: relative_error(*zip(*grouped[t], strict=True)) for t in sorted(grouped, reverse=True)}
 
@@ -80,15 +78,11 @@ class Probes:
 class _Recorder:
     """Call hook that keeps the inputs of some calls."""
 
-    def __init__(self, plan: SamplingPlan, ar_steps: frozenset[int], calls: int) -> None:
-        self.inputs: dict[str, list[Call]] = {kind: [] for kind in _PROBED}
+    def __init__(self, plan: SamplingPlan) -> None:
+        self.inputs: dict[str, list[Call]] = {kind: [] for kind in QUANTISED_KINDS}
         self._ar_step, self._call = -1, 0
-        counts = {index: step.head_calls for index, step in enumerate(plan.steps) if index in ar_steps}
         #: AR step to the reverse steps of it that are kept.
-        self._wanted = {
-            index: frozenset(np.linspace(0, total - 1, min(calls, total)).astype(int).tolist())
-            for index, total in counts.items()
-        }
+        self._wanted = {i: _spread(plan.steps[i].head_calls, CALLS) for i in _spread(len(plan.steps), AR_STEPS)}
 
     def __call__(self, call: GraphCall) -> None:
         if call.kind not in self.inputs:
@@ -103,31 +97,20 @@ class _Recorder:
             self.inputs[call.kind].append({name: np.array(value) for name, value in call.inputs.items()})
 
 
+def _spread(total: int, count: int) -> list[int]:
+    return np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
+
+
 def record(
     architecture: Architecture,
     graphs: Mapping[str, Path],
     plan: SamplingPlan,
     images: CalibrationImages,
     threads: int | None = None,
-    ar_steps: int = 6,
-    calls: int = 5,
 ) -> Probes:
-    """Generates the images with the float graphs and keeps some calls.
-
-    Args:
-        architecture: the model.
-        graphs: graph kind to float graph.
-        plan: resolved for the model.
-        images: one batch.
-        threads: of one call.
-        ar_steps: number of AR steps to keep calls of, evenly spread.
-        calls: reverse steps to keep of each of them, evenly spread.
-    """
-    chosen = np.linspace(0, len(plan.steps) - 1, min(ar_steps, len(plan.steps))).astype(int)
-    wanted = {kind: path for kind, path in graphs.items() if kind in _SAMPLED}
-    backend = OnnxRuntimeBackend(wanted, threads, "cpu")
-    recorder = _Recorder(plan, frozenset(chosen.tolist()), calls)
-    backend.hook = recorder
+    """Generates the images, one batch, with the float graphs and keeps some calls."""
+    backend = OnnxRuntimeBackend({kind: graphs[kind] for kind in (*QUANTISED_KINDS, "detail_score")}, threads)
+    recorder = backend.hook = _Recorder(plan)
     latents = backend.generate(_job(architecture, plan, images))
     for call in recorder.inputs["diffusion_step"]:
         call["coefficients"] = np.zeros_like(call["coefficients"])
@@ -147,12 +130,9 @@ def outputs(graph: Path, calls: Sequence[Call], threads: int | None = None, opti
     """First output of each call.
 
     Args:
-        graph: the file.
-        calls: its inputs.
-        threads: of one call.
         optimised: False leaves ONNX Runtime's graph optimisations out, without which it has no E4M3 products.
     """
-    backend = OnnxRuntimeBackend({"graph": graph}, threads, "cpu", optimised=optimised)
+    backend = OnnxRuntimeBackend({"graph": graph}, threads, optimised=optimised)
     return [backend.run("graph", call)[0] for call in calls]
 
 

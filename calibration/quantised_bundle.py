@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..runtime.files import link_or_copy, write_json
 from .collect import STAGE_VERSIONS, Collected, collect
 from .data import CalibrationImages, calibration_images
 from .layers import QUANTISED_KINDS
-from .probes import Probes, image_errors, outputs, record
+from .probes import Probes, record
 from .quantize import quantise_graph
 from .ranges import Range, layer_ranges
 from .request import CalibrationRequest, Prepared, prepare
@@ -45,7 +45,7 @@ class CalibrationResult:
 
     bundle: Path
     state: str
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any]
 
 
 def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> CalibrationResult:
@@ -84,9 +84,7 @@ def calibration_key(
 ) -> str:
     """Hash of everything that the quantised bundle depends on.
 
-    Args:
-        stages: the keys of the graphs of each source, from their manifests: float32 and, where there is one, float16.
-        max_batch: the source's.
+    ``stages`` are the keys of the graphs of each source, from their manifests: float32 and, if there is one, float16.
     """
     return stage_key(
         stages=[[dict(keys) for keys in stages], max_batch],
@@ -123,8 +121,7 @@ def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, 
 def ranges_of(request: CalibrationRequest, flavour: str, collected: Collected) -> dict[str, Range]:
     """Ranges by the request's method, or the precision's own."""
     method = request.method or METHOD_OF[request.precision]
-    grid = "fp8" if flavour == "fp8" else "integer"
-    return layer_ranges(collected.all, method, flavour != "cpu", request.percentile, grid)
+    return layer_ranges(collected.all, method, flavour != "cpu", request.percentile)
 
 
 def bench_of(request: CalibrationRequest, flavour: str, reporter: Reporter) -> Bench:
@@ -170,14 +167,12 @@ def _write(
         written: dict[str, Path] = {}
         for kind in QUANTISED_KINDS:
             written[kind] = partial / "graphs" / ("" if main else "cpu") / f"{kind}.onnx"
-            names = [layer.name for layer in bench.layers[kind]]
-            keep = [name for name in kept.layers if name in names]
-            quantise_graph(sources[kind], written[kind], ranges, flavour, keep)
-            files.setdefault(kind, {})["main" if main else "cpu"] = GraphFiles.of(
-                partial, written[kind].relative_to(partial).as_posix()
-            )
-        flavours[flavour] = _measured(bench, kept, written, prepared.graphs, request, probes)
-        flavours[flavour]["costs"] = [cost.to_json() for cost in costs]
+            chosen = [layer.name for layer in bench.layers[kind] if layer.name not in kept.layers]
+            quantise_graph(sources[kind], written[kind], ranges, flavour, chosen)
+            stored = GraphFiles.of(partial, written[kind].relative_to(partial).as_posix())
+            files.setdefault(kind, {})["main" if main else "cpu"] = stored
+        flavours[flavour] = _measured(bench, kept, written, prepared.graphs)
+        flavours[flavour]["costs"] = [asdict(cost) for cost in costs]
     for kind in bundle.graphs:
         if kind not in QUANTISED_KINDS:
             half = prepared.float16
@@ -188,7 +183,7 @@ def _write(
         "model": bundle.architecture.name,
         "precision": request.precision,
         "plan": prepared.plan.settings.to_json(),
-        "images": collected.images,
+        "images": len(prepared.images.seeds),
         "rest": "fp16" if prepared.float16 else "fp32",
         "own_latents": prepared.images.latents is not None,
         "method": request.method or METHOD_OF[request.precision],
@@ -206,39 +201,24 @@ def _taken(source: Bundle, kind: str, partial: Path, folder: str = "") -> GraphF
     return GraphFiles.of(partial, f"graphs/{folder}{Path(files.model.file).name}")
 
 
-def _measured(
-    bench: Bench,
-    kept: Kept,
-    written: Mapping[str, Path],
-    float32: Mapping[str, Path],
-    request: CalibrationRequest,
-    probes: Probes,
-) -> dict[str, Any]:
+def _measured(bench: Bench, kept: Kept, written: Mapping[str, Path], float32: Mapping[str, Path]) -> dict[str, Any]:
     """Errors against the float32 graphs, sizes and shares of one flavour's graphs."""
-    exact = bench.flavour != "cpu"
-    errors: dict[str, Any] = {}
-    for kind, name in zip(QUANTISED_KINDS, ("z", "eps"), strict=True):
-        found = outputs(written[kind], probes.inputs[kind], request.threads, optimised=not exact)
-        errors[name] = probes.error(kind, found)
-        if kind == "diffusion_step":
-            errors["eps_by_timestep"] = {str(t): error for t, error in probes.eps_errors(found).items()}
-    from ..runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-
-    graphs = {"detail_score": bench.graphs["detail_score"], **written}
-    backend = OnnxRuntimeBackend(graphs, request.threads, "cpu", optimised=not exact)
-    images = image_errors(bench.architecture, backend, bench.plan, probes)
+    probes, found = bench.probes, {kind: bench.outputs_of(kind, written[kind]) for kind in QUANTISED_KINDS}
     share, sizes = {}, {}
     for kind, layers in bench.layers.items():
-        work = {layer.name: layer.shape[0] * layer.shape[1] for layer in layers}
-        done = sum(amount for name, amount in work.items() if name not in kept.layers)
-        share[kind] = done / sum(work.values())
+        done = sum(layer.multiplications for layer in layers if layer.name not in kept.layers)
+        share[kind] = done / sum(layer.multiplications for layer in layers)
         sizes[kind] = {"bytes": graph_bytes(written[kind]), "fp32_bytes": graph_bytes(float32[kind])}
     return {
         "kept": list(kept.layers),
         "why": kept.why,
         "gate": kept.gate,
-        "errors": errors,
-        "image_errors": [float(error) for error in images],
+        "errors": {
+            "z": probes.error("backbone", found["backbone"]),
+            "eps": probes.error("diffusion_step", found["diffusion_step"]),
+            "eps_by_timestep": {str(t): error for t, error in probes.eps_errors(found["diffusion_step"]).items()},
+        },
+        "image_errors": [float(error) for error in bench.image_errors_of(written)],
         "median_image_error": kept.image_error,
         "share_of_multiplications": share,
         "sizes": sizes,

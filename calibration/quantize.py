@@ -8,7 +8,8 @@ inferred, and has no say in where a pair goes; a test compares the two on the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx.external_data_helper import load_external_data_for_model
 
 from ..runtime.errors import UsageError
-from .layers import Layer, checked_names, quantisable, read_graph, weight_values
+from .layers import Layer, quantisable, read_graph, weight_values
 from .ranges import Range
 
 EXTERNAL_DATA_BYTES = 64 * 2**20
@@ -35,7 +36,6 @@ class Flavour:
     """How one kind of hardware wants its integers.
 
     Attributes:
-        name: ``cpu``, ``tensorrt`` or ``fp8``.
         activation, weight: ONNX element types.
         signed: activations are symmetric around 0.
         weight_limit: largest quantised weight.
@@ -84,42 +84,27 @@ def quantised_weight(values: NDArray[np.float32], axis: int, flavour: Flavour) -
 
 
 def quantise_graph(
-    source: Path,
-    target: Path,
-    ranges: Mapping[str, Range],
-    flavour: str,
-    keep: Iterable[str] = (),
-    only: Iterable[str] | None = None,
-) -> list[str]:
+    source: Path, target: Path, ranges: Mapping[str, Range], flavour: str, only: Collection[str] | None = None
+) -> None:
     """Writes ``target`` (and ``target``.data where the weights are large).
 
     Args:
         source: float32 or float16 graph; what is not quantised stays in its precision.
         ranges: layer name to the range of its activations.
         flavour: a key of :data:`FLAVOURS`.
-        keep: layers to leave alone.
-        only: quantise these and no others (sensitivity).
-
-    Returns:
-        Names of the quantised layers.
+        only: names of the layers to quantise; others are left alone. All by default.
 
     Raises:
-        UsageError: unknown names, a graph that is quantised already, or a layer without a range.
+        UsageError: a graph that is quantised already, or a layer without a range.
     """
-    chosen = FLAVOURS[flavour]
     model = read_graph(source)
-    layers = quantisable(model)
-    known = [layer.name for layer in layers]
-    kept, wanted = tuple(keep), tuple(known if only is None else only)
-    checked_names((*kept, *wanted), known)
-    layers = [layer for layer in layers if layer.name in wanted and layer.name not in kept]
+    layers = [layer for layer in quantisable(model) if only is None or layer.name in only]
     missing = [layer.name for layer in layers if layer.name not in ranges]
     if missing:
         raise UsageError(f"no activation range for {missing[0]}; calibrate again, or keep it in high precision")
-    _insert_pairs(model, layers, ranges, chosen, source.parent)
-    _load_rest(model, source.parent)
+    _insert_pairs(model, layers, ranges, FLAVOURS[flavour], source.parent)
+    load_external_data_for_model(model, str(source.parent))
     _save(model, target)
-    return [layer.name for layer in layers]
 
 
 def _insert_pairs(
@@ -131,10 +116,7 @@ def _insert_pairs(
     flat = flavour.name == "cpu" and any(ranks.get(layer.activation) == 2 for layer in layers)
     if flat:
         model.graph.initializer.append(numpy_helper.from_array(np.array([0], dtype=np.int64), "first_axis"))
-    uses: dict[str, int] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
+    uses = Counter(name for node in model.graph.node for name in node.input)
     nodes: list[onnx.NodeProto] = []
     for index, node in enumerate(model.graph.node):
         layer = by_node.get(index)
@@ -144,12 +126,8 @@ def _insert_pairs(
         real = np.float32 if originals[layer.weight].data_type == TensorProto.FLOAT else np.float16
         scale, zero = activation_scale(ranges[layer.name], flavour)
         prefix = f"{layer.name}.input"
-        model.graph.initializer.extend(
-            [
-                numpy_helper.from_array(np.array(scale, dtype=real), f"{prefix}_scale"),
-                helper.make_tensor(f"{prefix}_zero_point", flavour.activation, (), [zero]),
-            ]
-        )
+        model.graph.initializer.append(numpy_helper.from_array(np.array(scale, dtype=real), f"{prefix}_scale"))
+        model.graph.initializer.append(helper.make_tensor(f"{prefix}_zero_point", flavour.activation, (), [zero]))
         # ONNX Runtime makes Gemm of a 2-D product and its bias before it looks for integers, and then dequantises the
         # weight in every call; with a leading axis the product stays one.
         lifted = flat and ranks.get(layer.activation) == 2
@@ -160,16 +138,12 @@ def _insert_pairs(
         nodes.append(helper.make_node("QuantizeLinear", [entering, *numbers], [f"{prefix}_q"], f"{prefix}.q"))
         nodes.append(helper.make_node("DequantizeLinear", [f"{prefix}_q", *numbers], [f"{prefix}_dq"], f"{prefix}.dq"))
         weights, scales = quantised_weight(weight_values(model, layer.weight, folder), layer.axis, flavour)
-        stored = helper.make_tensor(
-            f"{layer.weight}_q", flavour.weight, weights.shape, np.ascontiguousarray(weights).tobytes(), raw=True
-        )
-        zeros = helper.make_tensor(
-            f"{layer.weight}_zero_point", flavour.weight, scales.shape, bytes(len(scales)), raw=True
-        )
-        model.graph.initializer.extend(
-            [stored, numpy_helper.from_array(scales.astype(real), f"{layer.weight}_scale"), zeros]
-        )
+        raw = np.ascontiguousarray(weights).tobytes()
         inputs = [f"{layer.weight}_q", f"{layer.weight}_scale", f"{layer.weight}_zero_point"]
+        model.graph.initializer.append(helper.make_tensor(inputs[0], flavour.weight, weights.shape, raw, raw=True))
+        model.graph.initializer.append(numpy_helper.from_array(scales.astype(real), inputs[1]))
+        zeros = helper.make_tensor(inputs[2], flavour.weight, scales.shape, bytes(len(scales)), raw=True)
+        model.graph.initializer.append(zeros)
         dequantised = f"{layer.weight}_dq"
         nodes.append(helper.make_node("DequantizeLinear", inputs, [dequantised], f"{layer.weight}.dq", axis=layer.axis))
         node.input[0], node.input[1] = f"{prefix}_dq", dequantised
@@ -188,14 +162,6 @@ def _insert_pairs(
 def _ranks(model: onnx.ModelProto) -> dict[str, int]:
     known = (*model.graph.input, *model.graph.value_info)
     return {v.name: len(v.type.tensor_type.shape.dim) for v in known if v.type.tensor_type.HasField("shape")}
-
-
-def _load_rest(model: onnx.ModelProto, folder: Path) -> None:
-    for tensor in model.graph.initializer:
-        if uses_external_data(tensor):
-            load_external_data_for_tensor(tensor, str(folder))
-            tensor.data_location = TensorProto.DEFAULT
-            del tensor.external_data[:]
 
 
 def _save(model: onnx.ModelProto, target: Path) -> None:

@@ -39,10 +39,6 @@ class Range:
     low: float
     high: float
 
-    def to_json(self) -> list[float]:
-        """[low, high]."""
-        return [self.low, self.high]
-
 
 @dataclass
 class Statistics:
@@ -118,38 +114,24 @@ class Statistics:
         return cls(low, high, limit, bins.astype(np.int64), int(values), channels.astype(np.float32))
 
 
-def find_range(
-    statistics: Statistics, method: str, signed: bool, percentile: float = DEFAULT_PERCENTILE, grid: str = "integer"
-) -> Range:
+def find_range(statistics: Statistics, method: str, signed: bool, percentile: float = DEFAULT_PERCENTILE) -> Range:
     """The range of a tensor.
 
     Args:
-        statistics: what has been seen.
+        statistics: of at least one value.
         method: ``max``: all of it. ``percentile``: the middle ``percentile`` percent. ``mse``: least squared error of
             the quantised values. ``entropy``: least Kullback-Leibler divergence of the quantised distribution from the
-            real one (TensorRT's classic calibration, S. Migacz, GTC 2017).
+            real one (TensorRT's classic calibration, S. Migacz, GTC 2017). The last two know integers only: E4M3's
+            levels are finer near 0.
         signed: symmetric around 0 with 255 levels, else from low to high, 0 included, with 256.
         percentile: in 50..100, of method ``percentile``.
-        grid: ``integer``, or ``fp8``: E4M3's levels are finer near 0, so only ``max`` and ``percentile`` apply there.
-
-    Raises:
-        UsageError: unknown method, a percentile out of range, or nothing was seen.
     """
-    if method not in METHODS:
-        raise UsageError(f"calibration method {method!r} is not one of {', '.join(METHODS)}")
-    if grid == "fp8" and method in ("mse", "entropy"):
-        raise UsageError(f"calibration method {method} is for integers; fp8 takes max or percentile")
-    if not 50 <= percentile <= 100:
-        raise UsageError(f"percentile {percentile:g} is not in 50..100")
-    if statistics.values == 0:
-        raise UsageError("a tensor was never seen during calibration; use a plan that runs every layer")
     low, high = _outer(statistics, signed)
     if method == "max" or low == high:
         return Range(low, high)
     if method == "percentile":
         return _percentile(statistics, signed, percentile)
-    loss = _squared_error if method == "mse" else _divergence
-    return _search(statistics, signed, low, high, loss)
+    return _search(statistics, signed, low, high, _squared_error if method == "mse" else _divergence)
 
 
 def _outer(statistics: Statistics, signed: bool) -> tuple[float, float]:
@@ -240,13 +222,14 @@ def _divergence(
 
 
 def layer_ranges(
-    statistics: Mapping[str, Statistics], method: str, signed: bool, percentile: float, grid: str = "integer"
+    statistics: Mapping[str, Statistics], method: str, signed: bool, percentile: float
 ) -> dict[str, Range]:
-    """Layer name to range, see :func:`find_range`; the error names the layer."""
-    found = {}
+    """Layer name to range, see :func:`find_range`.
+
+    Raises:
+        UsageError: nothing was seen of a layer.
+    """
     for name, seen in statistics.items():
-        try:
-            found[name] = find_range(seen, method, signed, percentile, grid)
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}") from None
-    return found
+        if seen.values == 0:
+            raise UsageError(f"{name}: a tensor was never seen during calibration; use a plan that runs every layer")
+    return {name: find_range(seen, method, signed, percentile) for name, seen in statistics.items()}

@@ -83,6 +83,8 @@ def prepare(request: CalibrationRequest) -> Prepared:
         raise UsageError(f"calibration method {request.method!r} is not one of {', '.join(METHODS)}")
     if request.precision == "fp8" and request.method in ("mse", "entropy"):
         raise UsageError(f"calibration method {request.method} is for integers; fp8 takes max or percentile")
+    if not 50 <= request.percentile <= 100:
+        raise UsageError(f"percentile {request.percentile:g} is not in 50..100")
     if request.compared < 1:
         raise UsageError("no images to compare on; give at least 1")
     source = Bundle.load(request.source)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from ..runtime.commands.console import Reporter
 from ..runtime.errors import GtrError, UsageError
 from ..runtime.models.architecture import Architecture
 from ..runtime.models.graphs import IMAGE_TOLERANCES
+from ..runtime.sampling.chains import Floats
 from ..runtime.sampling.plan import SamplingPlan
-from .layers import DEFAULT_KEEP, QUANTISED_KINDS, Layer, quantisable, read_graph
+from .layers import DEFAULT_KEEP, QUANTISED_KINDS, quantisable, read_graph
 from .probes import Probes, image_errors, outputs
 from .quantize import quantise_graph
 from .ranges import Range
@@ -51,10 +52,6 @@ class LayerCost:
     image_error: float | None
     contribution: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Kept:
@@ -73,101 +70,82 @@ class Kept:
     why: str
 
 
+@dataclass
 class Bench:
     """Quantises graphs of one model into a scratch folder and measures them against their originals."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        graphs: Mapping[str, Path],
-        plan: SamplingPlan,
-        ranges: Mapping[str, Range],
-        probes: Probes,
-        flavour: str,
-        threads: int | None = None,
-    ) -> None:
-        self.architecture, self.graphs, self.plan = architecture, dict(graphs), plan
-        self.ranges, self.probes, self.flavour, self.threads = ranges, probes, flavour, threads
-        self._exact = flavour != "cpu"
-        self.layers: dict[str, list[Layer]] = {kind: quantisable(read_graph(graphs[kind])) for kind in QUANTISED_KINDS}
+    architecture: Architecture
+    graphs: Mapping[str, Path]
+    plan: SamplingPlan
+    ranges: Mapping[str, Range]
+    probes: Probes
+    flavour: str
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        self.layers = {kind: quantisable(read_graph(self.graphs[kind])) for kind in QUANTISED_KINDS}
 
     @property
     def names(self) -> list[str]:
         """Of all layers, in the order they run."""
         return [layer.name for layers in self.layers.values() for layer in layers]
 
+    def outputs_of(self, kind: str, graph: Path) -> list[Floats]:
+        """First outputs of a quantised graph on the recorded calls, in the flavour's own arithmetic."""
+        return outputs(graph, self.probes.inputs[kind], self.threads, optimised=self.flavour == "cpu")
+
+    def image_errors_of(self, graphs: Mapping[str, Path]) -> NDArray[np.float64]:
+        """Relative error of each whole image with these graphs in place of their originals."""
+        graphs = {kind: graphs.get(kind, self.graphs[kind]) for kind in (*QUANTISED_KINDS, "detail_score")}
+        backend = OnnxRuntimeBackend(graphs, self.threads, optimised=self.flavour == "cpu")
+        return image_errors(self.architecture, backend, self.plan, self.probes)
+
     def graph_error(self, kind: str, only: Sequence[str]) -> float:
         """Relative error of one graph's output with ``only`` these layers quantised."""
         with tempfile.TemporaryDirectory(prefix="gtr-sensitivity-") as scratch:
             target = Path(scratch) / f"{kind}.onnx"
-            quantise_graph(self.graphs[kind], target, self.ranges, self.flavour, only=only)
-            found = outputs(target, self.probes.inputs[kind], self.threads, optimised=not self._exact)
-        return self.probes.error(kind, found)
+            quantise_graph(self.graphs[kind], target, self.ranges, self.flavour, only)
+            return self.probes.error(kind, self.outputs_of(kind, target))
 
     def image_error(self, only: Sequence[str]) -> float:
         """Median relative error of whole images with ``only`` these layers quantised."""
         with tempfile.TemporaryDirectory(prefix="gtr-sensitivity-") as scratch:
-            graphs = {"detail_score": self.graphs["detail_score"]}
+            graphs = {}
             for kind, layers in self.layers.items():
-                chosen = [layer.name for layer in layers if layer.name in only]
-                graphs[kind] = self.graphs[kind]
-                if chosen:
+                if any(layer.name in only for layer in layers):
                     graphs[kind] = Path(scratch) / f"{kind}.onnx"
-                    quantise_graph(self.graphs[kind], graphs[kind], self.ranges, self.flavour, only=chosen)
-            backend = OnnxRuntimeBackend(graphs, self.threads, "cpu", optimised=not self._exact)
-            return float(np.median(image_errors(self.architecture, backend, self.plan, self.probes)))
+                    quantise_graph(self.graphs[kind], graphs[kind], self.ranges, self.flavour, only)
+            return float(np.median(self.image_errors_of(graphs)))
 
 
 def layer_costs(bench: Bench, reporter: Reporter, images: bool = False) -> list[LayerCost]:
-    """Every layer alone, worst first.
-
-    Args:
-        bench: what to measure with.
-        reporter: gets the progress.
-        images: generate whole images for each layer, too; slow.
-    """
+    """Every layer alone, worst first; with ``images`` also whole images for each, which is slow."""
     total = sum(len(layers) for layers in bench.layers.values())
     costs: list[LayerCost] = []
     with reporter.bar("sensitivity", total + len(bench.layers), "layers") as bar:
         for kind, layers in bench.layers.items():
             whole = bench.image_error([layer.name for layer in layers])
             bar.advance()
-            work = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-            errors = {}
-            image: dict[str, float | None] = {}
+            work = sum(layer.multiplications for layer in layers)
+            found = []
             for layer in layers:
-                errors[layer.name] = bench.graph_error(kind, [layer.name])
-                image[layer.name] = bench.image_error([layer.name]) if images else None
+                alone = bench.image_error([layer.name]) if images else None
+                found.append((layer, bench.graph_error(kind, [layer.name]), alone))
                 bar.advance()
-            squares = sum(error**2 for error in errors.values()) or 1.0
-            for layer in layers:
-                costs.append(
-                    LayerCost(
-                        layer.name,
-                        kind,
-                        layer.group,
-                        layer.shape[0] * layer.shape[1] / work,
-                        errors[layer.name],
-                        image[layer.name],
-                        whole**2 * errors[layer.name] ** 2 / squares,
-                    )
-                )
+            squares = sum(error**2 for _, error, _ in found) or 1.0
+            for layer, error, alone in found:
+                share, contribution = layer.multiplications / work, whole**2 * error**2 / squares
+                costs.append(LayerCost(layer.name, kind, layer.group, share, error, alone, contribution))
     everything = sum(cost.contribution for cost in costs) or 1.0
-    costs = [LayerCost(**{**asdict(cost), "contribution": cost.contribution / everything}) for cost in costs]
+    costs = [replace(cost, contribution=cost.contribution / everything) for cost in costs]
     return sorted(costs, key=lambda cost: -cost.contribution)
 
 
-def choose_kept(
-    bench: Bench, keep: int | str, reporter: Reporter, gate: float | None = None, default: Sequence[str] = DEFAULT_KEEP
-) -> tuple[Kept, list[LayerCost]]:
-    """Which layers stay in high precision.
+def choose_kept(bench: Bench, keep: int | str, reporter: Reporter) -> tuple[Kept, list[LayerCost]]:
+    """Which layers stay in high precision, besides :data:`DEFAULT_KEEP`.
 
     Args:
-        bench: what to measure with.
         keep: a number of layers, the worst; or ``auto``: as few as the gate needs.
-        reporter: gets the progress.
-        gate: largest median relative error of whole images; :data:`GATES` by default.
-        default: kept in any case.
 
     Returns:
         The decision, and the costs that it rests on (empty where the gate held at once).
@@ -177,7 +155,7 @@ def choose_kept(
         GtrError: the gate does not hold even if one layer alone is quantised.
     """
     names = bench.names
-    fixed = [name for name in default if name in names]
+    fixed = [name for name in DEFAULT_KEEP if name in names]
     others = len(names) - len(fixed)
 
     def measured(kept: Sequence[str]) -> float:
@@ -190,7 +168,7 @@ def choose_kept(
         kept = [*fixed, *_worst(costs, fixed, keep)]
         error = measured(kept)
         return Kept(tuple(kept), error, None, f"the {keep} worst layers; median image error {error:.3g}"), costs
-    limit = GATES[bench.flavour] if gate is None else gate
+    limit = GATES[bench.flavour]
     error = measured(fixed)
     if error <= limit:
         why = f"no more is needed: median image error {error:.3g}, gate {limit:g}"
@@ -222,8 +200,8 @@ def _worst(costs: Sequence[LayerCost], fixed: Sequence[str], count: int) -> list
     return [cost.layer for cost in costs if cost.layer not in fixed][:count]
 
 
-def cost_rows(costs: Sequence[LayerCost], kept: Sequence[str] = ()) -> list[list[str]]:
-    """For a table: layer, share of multiplications, error, share of the image error, kept."""
+def cost_rows(costs: Sequence[LayerCost]) -> list[list[str]]:
+    """For a table with :data:`COST_COLUMNS`."""
     return [
         [
             cost.layer,
@@ -231,10 +209,9 @@ def cost_rows(costs: Sequence[LayerCost], kept: Sequence[str] = ()) -> list[list
             f"{cost.error:.5f}",
             "" if cost.image_error is None else f"{cost.image_error:.4f}",
             f"{cost.contribution:.1%}",
-            "kept" if cost.layer in kept else "",
         ]
         for cost in costs
     ]
 
 
-COST_COLUMNS = ["layer", "multiplications", "error alone", "image error", "contribution", ""]
+COST_COLUMNS = ["layer", "multiplications", "error alone", "image error", "contribution"]

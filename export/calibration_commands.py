@@ -32,22 +32,18 @@ class _Keep(click.ParamType):
         return int(value)
 
 
-#: (option, setting, type, default, help)
-BUILD_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
+_Option = tuple[str, str, Any, Any, str]  # option, setting, type, default, help
+_PRESETS = click.Choice(preset_names())
+
+BUILD_OPTIONS: tuple[_Option, ...] = (
     ("--calibration-images", "images", int, 64, "int8, fp8: images that activation ranges come from."),
-    (
-        "--calibration-plan",
-        "plan",
-        click.Choice(preset_names()),
-        "gtr",
-        "int8, fp8: preset that they are sampled with.",
-    ),
+    ("--calibration-plan", "plan", _PRESETS, "gtr", "int8, fp8: preset that they are sampled with."),
     ("--keep", "keep", _Keep(), "auto", "int8, fp8: the worst N layers, or what the gate needs, stay in float32."),
 )
 
 _FLOAT16 = ("--float16", "float16", _PATH, None, "fp16 bundle of the same checkpoint: what GPUs do not quantise.")
 
-_MORE_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
+_MORE_OPTIONS: tuple[_Option, ...] = (
     ("--method", "method", click.Choice(_METHODS), None, "Range of an activation (default: mse; fp8: max)."),
     ("--percentile", "percentile", float, 99.99, "Of method percentile: share of the values inside."),
     ("--calibration-classes", "classes", str, None, "Classes to go round, as in gtr-run generate (default: all)."),
@@ -58,28 +54,19 @@ _MORE_OPTIONS: tuple[tuple[str, str, Any, Any, str], ...] = (
 )
 
 
-def calibration_options(options: tuple[tuple[str, str, Any, Any, str], ...]) -> Callable[..., Any]:
+def calibration_options(options: tuple[_Option, ...]) -> Callable[..., Any]:
     """Adds options; the command gets ``calibration``, those that were typed, by setting."""
-
-    decorators = {
-        f"calibration_{setting}": click.option(
-            option,
-            f"calibration_{setting}",
-            type=kind,
-            default=None,
-            help=text if default is None else f"{text} [default: {default}]",
-        )
-        for option, setting, kind, default, text in options
-    }
+    decorators = {}
+    for option, setting, kind, default, text in options:
+        shown = text if default is None else f"{text} [default: {default}]"
+        decorators[f"calibration_{setting}"] = click.option(option, f"calibration_{setting}", type=kind, help=shown)
     return lambda command: with_options(
         command, decorators, lambda values: {"calibration": given(values, "calibration_")}
     )
 
 
 def check_calibration(precision: str, calibration: dict[str, Any]) -> None:
-    """Raises:
-    UsageError: calibration options of a precision that is not calibrated.
-    """
+    """Raises a UsageError for calibration options of a precision that is not calibrated."""
     if calibration and precision not in QUANTISED:
         names = ", ".join(option for option, setting, *_ in BUILD_OPTIONS if setting in calibration)
         raise UsageError(f"{names}: precision {precision} is not calibrated; give --precision int8 or fp8")
@@ -116,9 +103,7 @@ def calibrate(
     if as_json:
         print_json({"bundle": str(result.bundle), "state": result.state, "report": result.report, "next": following})
         return
-    print_table(
-        ["flavour", "error of z", "of eps", "of images", "limit", "size", "kept"], report_rows(result.report)
-    )  # fmt: skip
+    print_table(["flavour", "error of z", "of eps", "of images", "limit", "size", "kept"], report_rows(result.report))
     if result.report["rest"] == "fp32":
         click.echo("attention stays float32 on GPUs; --float16 with an fp16 bundle of the same checkpoint changes that")
     state = "is up to date" if result.state == "cached" else f"calibrated in {seconds:.0f} s"
@@ -165,6 +150,8 @@ def sensitivity(
     calibration: dict[str, Any],
 ) -> None:
     """Show what each layer costs when it alone is quantised, worst first."""
+    from dataclasses import asdict
+
     from ..calibration.quantised_bundle import bench_of
     from ..calibration.sensitivity import COST_COLUMNS, cost_rows, layer_costs
     from ..runtime.pictures.charts import checked_target
@@ -181,7 +168,7 @@ def sensitivity(
 
         plot_bars(plot, f"{title}: share of the image error by layer", [(c.layer, c.contribution) for c in costs])
     if as_json:
-        print_json({"precision": precision, "flavour": bench.flavour, "layers": [cost.to_json() for cost in costs]})
+        print_json({"precision": precision, "flavour": bench.flavour, "layers": [asdict(cost) for cost in costs]})
         return
     print_table(COST_COLUMNS, cost_rows(costs), title=title)
     if plot is not None:

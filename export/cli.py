@@ -85,17 +85,8 @@ def build(
     if chosen:
         reporter.say(chosen)
     check_calibration(precision, calibration)
-    request = BuildRequest(
-        model=model,
-        out=out or default_out(model, precision, random_weights),
-        checkpoint=checkpoint,
-        vae=vae,
-        random_weights=random_weights,
-        precision=precision,
-        max_batch=max_batch,
-        force=force,
-        calibration=CalibrationChoices(**calibration),
-    )
+    out, settings = out or default_out(model, precision, random_weights), CalibrationChoices(**calibration)
+    request = BuildRequest(model, out, checkpoint, vae, random_weights, precision, max_batch, force, settings)
     entry, engines, later = request.entry(), None, None
     wanted = EngineRequest(request.out, flavour, force=force, **choices) if flavour in FLAVOURS else None
     if wanted is not None:  # what is wrong with the engine options shows before the long part, not after it
@@ -200,20 +191,23 @@ def verify(
     else:
         rows = [
             [
-                check.rung,
-                check.subject,
-                check.status.upper() if check.status == "failed" else check.status,
-                "" if check.value is None else f"{check.value:.1e}",
-                "" if check.tolerance is None else f"{check.tolerance:.0e}",
-                check.note,
+                c.rung,
+                c.subject,
+                c.status.upper() if c.status == "failed" else c.status,
+                *_numbers(c.value, c.tolerance),
+                c.note,
             ]
-            for check in report.checks
+            for c in report.checks
         ]
         title = f"{report.model}, {report.precision}, evaluated with {report.evaluated_with}"
         print_table(["rung", "what", "status", "error", "limit", "note"], rows, title=title)
         click.echo(f"rung reached: {report.reached}; written to {bundle / 'reports' / report.file}")
     if report.failed:
         context.exit(1)
+
+
+def _numbers(error: float | None, limit: float | None) -> tuple[str, str]:
+    return "" if error is None else f"{error:.1e}", "" if limit is None else f"{limit:.0e}"
 
 
 @main.command()

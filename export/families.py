@@ -33,11 +33,7 @@ class NetworkModule:
 
 @dataclass(frozen=True)
 class ExportFamily:
-    """What exporting knows of one model family.
-
-    Attributes:
-        networks: graph kind to its module.
-    """
+    """What exporting knows of one model family: graph kind to its module."""
 
     networks: Mapping[str, NetworkModule]
 
@@ -54,7 +50,7 @@ MAR = ExportFamily(
     {
         "backbone": NetworkModule(Backbone),
         "diffusion_step": NetworkModule(DiffusionHead, "diffloss.net.", DiffusionStep),
-    },
+    }
 )
 
 FAMILIES: dict[str, ExportFamily] = {"mar": MAR}

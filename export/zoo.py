@@ -73,25 +73,15 @@ def _mar(name: str, path: str, folder: str, mebibytes: int) -> ModelEntry:
 
 MODELS: dict[str, ModelEntry] = {
     "mar-b": _mar(
-        "mar-b",
-        "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1",
-        "mar_base",
-        1587,
+        "mar-b", "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1", "mar_base", 1587
     ),
     "mar-l": _mar(
-        "mar-l",
-        "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=1",
-        "mar_large",
-        3650,
+        "mar-l", "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=1", "mar_large", 3650
     ),
     "mar-h": _mar(
-        "mar-h",
-        "1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=1",
-        "mar_huge",
-        7191,
+        "mar-h", "1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=1", "mar_huge", 7191
     ),
     "mar-digits": ModelEntry(
-        model=known_models()["mar-digits"],
-        shipped=Path(__file__).parent / "data" / "mar_digits.safetensors",
+        model=known_models()["mar-digits"], shipped=Path(__file__).parent / "data" / "mar_digits.safetensors"
     ),
 }

@@ -25,5 +25,5 @@ class Calibrated:
     def ranges(self, flavour: str) -> dict[str, Range]:
         """Of each flavour's own default method."""
         if flavour == "fp8":
-            return layer_ranges(self.collected.all, "max", True, 100, "fp8")
+            return layer_ranges(self.collected.all, "max", True, 100)
         return layer_ranges(self.collected.all, "mse", flavour == "tensorrt", 100)

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from recorded import RecordedNoise
 from safetensors.torch import load_file
 
 from gtr_deploy.export.networks import build_networks
 from gtr_deploy.export.reference.torch_backend import TorchBackend
 from gtr_deploy.runtime.models.architecture import Decoder
 from gtr_deploy.runtime.models.mar import MarArchitecture
-from gtr_deploy.runtime.sampling.noise import RecordedNoise
 from gtr_deploy.runtime.sampling.plan import PlanSettings, SamplingPlan, resolve
 
 DATA = Path(__file__).parent / "data"

@@ -1,4 +1,4 @@
-"""Finds published weights on this machine, or downloads them: resumable, checked by size, one process at a time.
+"""Finds published weights on this machine, or has curl download them: resumable, checked by size, one at a time.
 
 Knows nothing about what is in a file (checkpoints.py) or which file belongs to which model (zoo.py). The publisher
 gives no digests, so a wrong size and a web page in place of a file are all that can be recognised here.
@@ -6,270 +6,139 @@ gives no digests, so a wrong size and a web page in place of a file are all that
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
-import http.client
 import os
 import re
 import shutil
+import subprocess
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
+from ...runtime.commands.console import Progressed, Reporter
 from ...runtime.errors import GtrError
 from ...runtime.files import CACHE_VARIABLE, cache_dir
 from ..zoo import MEBIBYTE, WeightSource
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in total)."""
-
 SIZE_TOLERANCE = MEBIBYTE
 """Published sizes are rounded to whole MiB."""
 
-_BLOCK = MEBIBYTE
+STALL_SECONDS = 60
+"""Without a byte for so long a connection counts as cut."""
+
+PAUSES = (2, 4, 8)
+"""Seconds before each further try. Not curl's --retry, which first drops what the try before has brought."""
+
 _ADVICE = "give files with --checkpoint and --vae, or try the pipeline with --random-weights"
-_RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_ELSEWHERE = f"make room, or set {CACHE_VARIABLE} to a folder on another disk that you may write to"
+_NO_HOST, _NOT_WRITTEN, _NO_RANGES, _TOO_LARGE = (6, 7), 23, 33, 63  # curl's exit codes
+_CUT = (18, 28, 52, 55, 56, 92)
+_BUSY = ("408", "425", "429", "500", "502", "503", "504")
 
 
-class _WrongFileError(Exception):
-    """What the server sends can never become the file."""
-
-
-class _DownloadCutError(Exception):
-    """The connection failed before the end."""
-
-    def __init__(self, reason: str, worth_a_retry: bool = True) -> None:
-        super().__init__(reason)
-        self.worth_a_retry = worth_a_retry
-
-
-def find_or_download(source: WeightSource, cached_name: str, progress: Progress, timeout: float = 60.0) -> Path:
+def find_or_download(source: WeightSource, cached_name: str, reporter: Reporter) -> Path:
     """A published file: from the cache folder, else from where the original project puts it, else downloaded.
 
     Args:
         source: address, size, and the original project's default path, taken relative to the current folder.
         cached_name: path inside :func:`~..runtime.files.cache_dir`, for example ``mar-h/checkpoint-last.pth``.
-        progress: called while downloading.
-        timeout: seconds without a byte before a connection counts as cut.
 
     Raises:
-        GtrError: a file is there and has the wrong size, or the download failed.
+        GtrError: a file has the wrong size; no curl, connection, disk space or permission; a refusal, a file that is
+            not the published one, or another process at the same download.
     """
-    cached = cache_dir() / cached_name
-    for candidate in (cached, Path(source.default_path)):
+    target = cache_dir() / cached_name
+    for candidate in (target, Path(source.default_path)):
         if candidate.is_file():
             size = candidate.stat().st_size
-            if not _right_size(size, source.mebibytes):
-                raise GtrError(
-                    f"{candidate} has {_mib(size)} MiB, the published file has {source.mebibytes} MiB; "
-                    "delete it and run again, or give another with --checkpoint or --vae"
-                )
-            return candidate
-    return download(source.url, cached, source.mebibytes, progress, timeout)
-
-
-def download(
-    url: str,
-    target: Path,
-    expected_mebibytes: int,
-    progress: Progress,
-    timeout: float = 60.0,
-    *,
-    retries: int = 3,
-    backoff: float = 2.0,
-) -> Path:
-    """Downloads ``url`` to ``target``; goes on from ``target``'s ``.part`` file where an earlier run left one.
-
-    Args:
-        url: http or https address.
-        target: appears only when complete. A file of the right size that is already there is kept.
-        expected_mebibytes: published size; more than 1 MiB off is refused.
-        progress: called with (bytes done, bytes in total), also once at the start.
-        timeout: seconds without a byte before the connection counts as cut.
-        retries: further tries after a cut connection or a busy server, each going on where the last one stopped;
-            none where the first try finds no server at all.
-        backoff: seconds before the first retry; twice as long before each further one.
-
-    Returns:
-        ``target``.
-
-    Raises:
-        GtrError: no connection, a refusal, the wrong file, no disk space, or another process at the same download.
-    """
-    name = f"{target.parent.name}/{target.name}"
-    part = target.with_suffix(target.suffix + ".part")
-    with _file_errors(target), _locked(target):
-        if target.is_file() and _right_size(target.stat().st_size, expected_mebibytes):
-            return target
-        _check_space(part, expected_mebibytes)
-        for attempt in range(retries + 1):
-            if attempt:
-                time.sleep(backoff * 2 ** (attempt - 1))
+            if _right_size(size, source):
+                return candidate
+            raise GtrError(
+                f"{candidate} has {_mib(size)} MiB, the published file has {source.mebibytes} MiB; "
+                "delete it and run again, or give another with --checkpoint or --vae"
+            )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.with_name(f"{target.name}.lock").open("ab") as lock:  # stays: removing it would race
             try:
-                # Without any network there is nothing to wait for; one that was there a moment ago may come back.
-                _receive(url, part, expected_mebibytes, progress, timeout, reconnect=attempt > 0)
-                break
-            except _WrongFileError as error:
-                raise GtrError(f"cannot download {name} ({error}); {_ADVICE}") from None
-            except _DownloadCutError as error:
-                if attempt == retries or not error.worth_a_retry:
-                    raise GtrError(_failure(name, part, expected_mebibytes, str(error))) from None
-        os.replace(part, target)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise GtrError(f"another process is downloading {target}; wait until it ends, then run again") from None
+            if not target.is_file():  # another process may just have finished
+                _download(source, target, cached_name, reporter)
+    except OSError as error:
+        raise GtrError(f"cannot write {target} ({error.strerror or error}); {_ELSEWHERE}") from None
     return target
 
 
-def _failure(name: str, part: Path, expected_mebibytes: int, reason: str) -> str:
-    arrived = _size(part)
-    if not arrived:
-        return f"cannot download {name} ({reason}); {_ADVICE}"
-    return (
-        f"the download of {name} stopped at {_mib(arrived)} of {expected_mebibytes} MiB ({reason}); "
-        f"run again to go on from there, or {_ADVICE}"
-    )
-
-
-def _receive(
-    url: str, part: Path, expected_mebibytes: int, progress: Progress, timeout: float, reconnect: bool
-) -> None:
-    """One connection: appends to ``part`` until the file is whole.
-
-    Raises:
-        _DownloadCutError: it ended early; ``part`` keeps what arrived.
-        _WrongFileError: this can never become the file.
-    """
-    done = _size(part)
-    if done > expected_mebibytes * MEBIBYTE + SIZE_TOLERANCE:  # another file's leftovers
+def _download(source: WeightSource, target: Path, name: str, reporter: Reporter) -> None:
+    part, expected = target.with_name(f"{target.name}.part"), source.mebibytes * MEBIBYTE
+    if shutil.which("curl") is None:
+        raise GtrError(f"downloads need curl; install it, or get {source.url} and put it at {target}, or {_ADVICE}")
+    if _size(part) > expected + SIZE_TOLERANCE:  # another file's leftovers
         part.unlink()
-        done = 0
-    headers = {"User-Agent": "gtr-deploy", "Accept-Encoding": "identity"}
-    if done:
-        headers["Range"] = f"bytes={done}-"
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code != 416 or not done:
-                reason = f"HTTP {error.code} {error.reason}"
-                raise _DownloadCutError(reason, worth_a_retry=error.code in _RETRIED_STATUS) from None
-            # Nothing after what is already here: either all of it is, or it belongs to another file.
-            if _total_of_range(error.headers.get("Content-Range")) != done:
-                part.unlink()
-                raise _DownloadCutError("the part that was here did not fit") from None
-        _check_size(part, done, expected_mebibytes)
-        progress(done, done)
-        return
-    except urllib.error.URLError as error:  # not even a connection
-        raise _DownloadCutError(_reason(error), worth_a_retry=reconnect) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _DownloadCutError(_reason(error)) from None
-    with response:
-        if response.headers.get_content_type() == "text/html":
-            raise _WrongFileError("the server answered with a web page instead of the file")
-        length = response.headers.get("Content-Length")
-        total = int(length) if length and length.isdigit() else None
-        if response.status == 206:
-            content_range = response.headers.get("Content-Range") or ""
-            if not content_range.startswith(f"bytes {done}-"):
-                part.unlink(missing_ok=True)
-                raise _DownloadCutError(f"the server sent another range than asked for, {content_range!r}")
-            total = _total_of_range(content_range) or (None if total is None else done + total)
-        else:
-            done = 0  # the server ignores ranges: from the start
-        if total is not None:
-            _check_size(part, total, expected_mebibytes)
-        progress(done, total or expected_mebibytes * MEBIBYTE)
-        with part.open("ab" if done else "wb") as file:
-            done = _copy(response, file, done, total, expected_mebibytes, progress)
-            file.flush()
-            os.fsync(file.fileno())
-    if done < (total if total is not None else expected_mebibytes * MEBIBYTE - SIZE_TOLERANCE):
-        raise _DownloadCutError("the connection closed early")
-    _check_size(part, done, expected_mebibytes)
-
-
-def _copy(
-    response: http.client.HTTPResponse,
-    file: BinaryIO,
-    done: int,
-    total: int | None,
-    expected_mebibytes: int,
-    progress: Progress,
-) -> int:
-    """Copies block by block to the end of the answer; the bytes then in the file."""
-    limit = total if total is not None else expected_mebibytes * MEBIBYTE + SIZE_TOLERANCE
-    while done <= limit:
-        try:
-            # read1 hands over what has arrived, so that a cut loses nothing that came before it.
-            block = response.read1(_BLOCK)
-        except (OSError, http.client.HTTPException) as error:
-            raise _DownloadCutError(_reason(error)) from None
-        if not block:
-            break
-        file.write(block)
-        done += len(block)
-        progress(done, total or max(done, expected_mebibytes * MEBIBYTE))
-    return done
-
-
-def _check_size(part: Path, size: int, expected_mebibytes: int) -> None:
-    if not _right_size(size, expected_mebibytes):
-        part.unlink(missing_ok=True)
-        raise _WrongFileError(f"the server's file has {_mib(size)} MiB, the published one {expected_mebibytes} MiB")
-
-
-def _check_space(part: Path, expected_mebibytes: int) -> None:
-    needed = expected_mebibytes * MEBIBYTE - _size(part)
-    free = shutil.disk_usage(part.parent).free
+    free, needed = shutil.disk_usage(part.parent).free, expected - _size(part)
     if free < needed:
-        raise GtrError(
-            f"{part.parent} has {_mib(free)} MiB free, the download needs {_mib(needed)} MiB; "
-            f"make room, or set {CACHE_VARIABLE} to a folder on another disk"
-        )
-
-
-@contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Holds ``target``'s .lock file, in a folder that exists. The file stays: removing it would race."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(target.suffix + ".lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GtrError(f"another process is downloading {target}; wait until it ends, then run again") from None
-        yield
-
-
-@contextlib.contextmanager
-def _file_errors(target: Path) -> Iterator[None]:
-    """Turns a failure of the disk (network failures never get this far) into one line."""
+        raise GtrError(f"{part.parent} has {_mib(free)} MiB free, the download needs {_mib(needed)} MiB; {_ELSEWHERE}")
     try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise GtrError(f"no space left for {target}; make room and run again to go on") from None
-        reason = error.strerror or str(error)
-        raise GtrError(f"cannot write {target} ({reason}); set {CACHE_VARIABLE} to a folder you may write to") from None
+        with reporter.bar(f"download {name}", source.mebibytes, "MiB") as bar:
+            reason = _curl(source, part, name, bar)
+            for pause in PAUSES:
+                if reason is None:
+                    break
+                time.sleep(pause)
+                reason = _curl(source, part, name, bar)
+    except KeyboardInterrupt:
+        reporter.say(f"{_mib(_size(part))} of {source.mebibytes} MiB are here; the same command goes on from there")
+        raise
+    if reason is not None:
+        stopped = f"the download of {name} stopped at {_mib(_size(part))} of {source.mebibytes} MiB ({reason})"
+        raise GtrError(f"{stopped}; run again to go on from there, or {_ADVICE}")
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
 
 
-def _total_of_range(content_range: str | None) -> int | None:
-    """TOTAL of ``bytes FIRST-LAST/TOTAL`` or ``bytes */TOTAL``; None where the server does not say."""
-    found = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", (content_range or "").strip())
-    return int(found.group(1)) if found else None
+def _curl(source: WeightSource, part: Path, name: str, bar: Progressed) -> str | None:
+    """One connection, which adds to ``part``: None if that is the file now, or why it is worth another try."""
+    limit = source.mebibytes * MEBIBYTE + SIZE_TOLERANCE
+    command = ["curl", "--silent", "--show-error", "--fail", "--location", "--continue-at", "-", "--output", str(part)]
+    command += ["--proto", "=http,https", "--proto-redir", "=http,https", "--connect-timeout", "30"]
+    command += ["--speed-limit", "1", "--speed-time", str(STALL_SECONDS), "--max-filesize", str(limit)]
+    command += ["--write-out", "%{http_code} %{content_type}", "--url", source.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as curl:
+        try:
+            while curl.poll() is None and _size(part) <= limit:
+                bar.to(_size(part) // MEBIBYTE)
+                time.sleep(0.1)
+        finally:
+            curl.kill()  # does nothing to one that has ended
+        told, complaint = curl.communicate()
+    status, _, kind = told.partition(" ")
+    reason = re.sub(r"^curl: \(\d+\) ", "", " ".join(complaint.split())) or f"curl ended with {curl.returncode}"
+    arrived, page = _size(part), kind.startswith("text/html")
+    code = curl.returncode if arrived <= limit else _TOO_LARGE
+    nothing_after = status == "416" and arrived > 0  # what was asked for: all of it is here, or it is another file's
+    if ((code == 0 and not page) or nothing_after) and _right_size(arrived, source):
+        return None
+    if (code == _NO_RANGES and not page) or nothing_after:
+        part.unlink()
+        return reason
+    if code in _CUT or status in _BUSY or (code in _NO_HOST and arrived):  # a network that was there may come back
+        return reason
+    if code == _NOT_WRITTEN:
+        raise GtrError(f"cannot write {part} ({reason}); {_ELSEWHERE}")
+    if code in (0, _NO_RANGES) and page:
+        reason = "the server answered with a web page instead of the file"
+    elif code in (0, _TOO_LARGE):
+        size = f"{_mib(arrived)} MiB" if code == 0 else "more"
+        reason = f"the server's file has {size}, the published one {source.mebibytes} MiB"
+    if code in (0, _TOO_LARGE):
+        part.unlink(missing_ok=True)
+    raise GtrError(f"cannot download {name} ({reason}); {_ADVICE}")
 
 
-def _reason(error: Exception) -> str:
-    """What failed, in a few words: ``Connection refused``, ``timed out``."""
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    text = (cause.strerror if isinstance(cause, OSError) else None) or str(cause) or type(cause).__name__
-    return text.partition("\n")[0]
-
-
-def _right_size(size: int, expected_mebibytes: int) -> bool:
-    return abs(size - expected_mebibytes * MEBIBYTE) <= SIZE_TOLERANCE
+def _right_size(size: int, source: WeightSource) -> bool:
+    return abs(size - source.mebibytes * MEBIBYTE) <= SIZE_TOLERANCE
 
 
 def _size(path: Path) -> int:

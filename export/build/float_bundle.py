@@ -55,9 +55,7 @@ def build_float(request: BuildRequest, reporter: Reporter) -> BuildResult:
     entry, out = request.entry(), destination(request.out)
     with lock(out):
         old = replaceable(out, request.model, request.precision, request.force)
-        weights = resolve_weights(
-            request.model, entry, request.checkpoint, request.vae, request.random_weights, reporter
-        )
+        weights = resolve_weights(request, reporter)
         specs = graph_specs(entry.architecture, request.max_batch)
         keys = stage_keys(request, weights)
         folder = StagedFolder(out, request.force)

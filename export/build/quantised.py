@@ -6,11 +6,11 @@ end.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ...calibration.data import calibration_images
-from ...calibration.quantised_bundle import CalibrationResult, calibration_key, finished, quantise_bundle
+from ...calibration.quantised_bundle import calibration_key, finished, quantise_bundle
 from ...calibration.request import CalibrationRequest
 from ...runtime.bundle.reader import Bundle
 from ...runtime.bundle.staged import destination, lock, remove_own
@@ -24,29 +24,20 @@ def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """See :func:`~.build.build`; raises also what :func:`~..calibration.quantised_bundle.quantise_bundle` does."""
     entry, choices = request.entry(), request.calibration
     out = destination(request.out)
-    sources = {name: out.with_name(f".{out.name}.gtr-{name}") for name in ("fp32", "fp16")}
-    wanted = CalibrationRequest(
-        sources["fp32"],
-        out,
-        request.precision,
-        sources["fp16"],
-        images=choices.images,
-        plan=choices.plan,
-        keep=choices.keep,
-        threads=choices.threads,
-        force=request.force,
-    )
+    fp32, fp16 = (out.with_name(f".{out.name}.gtr-{name}") for name in ("fp32", "fp16"))
+    settings = asdict(choices)
+    wanted = CalibrationRequest(fp32, out, request.precision, fp16, force=request.force, **settings)
     images = calibration_images(entry.architecture, entry.model.conditioner, choices.images)
-    weights = resolve_weights(request.model, entry, request.checkpoint, request.vae, request.random_weights, reporter)
-    requests = [replace(request, precision=name, out=out, force=False) for name, out in sources.items()]
+    weights = resolve_weights(request, reporter)
+    requests = [replace(request, precision=p, out=out, force=False) for p, out in (("fp32", fp32), ("fp16", fp16))]
     keys = [stage_keys(part, weights) for part in requests]
     with lock(out):
         report = finished(wanted, entry.architecture.name, calibration_key(wanted, keys, images, request.max_batch))
     if report is not None:
         return _result(request.out, dict.fromkeys([*keys[0], "calibration", "manifest"], "cached"))
     stages, _ = (build_float(part, reporter).stages for part in requests)
-    result: CalibrationResult = quantise_bundle(wanted, reporter)
-    for source in sources.values():
+    result = quantise_bundle(wanted, reporter)
+    for source in (fp32, fp16):
         remove_own(source)
     return _result(request.out, {**stages, "calibration": result.state, "manifest": result.state})
 

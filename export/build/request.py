@@ -57,13 +57,7 @@ class BuildRequest:
 
 @dataclass
 class BuildResult:
-    """What a build did.
-
-    Attributes:
-        bundle: the folder.
-        stages: name to ``built`` or ``cached``.
-        bytes: size of the graphs.
-    """
+    """What a build did: stage name to ``built`` or ``cached``, and the size of the graphs."""
 
     bundle: Path
     stages: dict[str, str] = field(default_factory=dict)

@@ -15,9 +15,10 @@ from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import GtrError, UsageError
 from ...runtime.models.architecture import Architecture
-from ..zoo import MEBIBYTE, MODELS, ModelEntry, WeightSource
+from ..zoo import MODELS
 from .digests import file_sha256
 from .download import find_or_download
+from .request import BuildRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,6 @@ class Weights:
     """The weights of one build.
 
     Attributes:
-        architecture: the model.
         checkpoint_path, vae_path: files; None for random weights, or where the model has no VAE.
         random_seed: set where the checkpoint is random.
     """
@@ -90,40 +90,28 @@ def _file(path: Path | None) -> WeightsFile | None:
     return None if path is None else WeightsFile(str(path.resolve()), file_sha256(path))
 
 
-def resolve_weights(
-    model: str,
-    entry: ModelEntry,
-    checkpoint: Path | None,
-    vae: Path | None,
-    random_weights: bool,
-    reporter: Reporter,
-) -> Weights:
+def resolve_weights(request: BuildRequest, reporter: Reporter) -> Weights:
     """Finds the files: named ones, the package's own, the cache, the original project's folders, then the network.
 
     Raises:
         UsageError: a named file does not exist.
         GtrError: nothing was found and nothing can be downloaded.
     """
+    entry, checkpoint, vae = request.entry(), request.checkpoint, request.vae
     for option, path in (("--checkpoint", checkpoint), ("--vae", vae)):
         if path is not None and not path.is_file():
             raise UsageError(f"{option} {path} is not a file")
-    if random_weights:
+    if request.random_weights:
         reporter.say("weights: random; the pictures will be noise")
         return Weights(entry.architecture, None, vae, RANDOM_SEED, reporter)
-    if checkpoint is None and entry.shipped is not None:
-        checkpoint = entry.shipped
+    checkpoint = checkpoint or entry.shipped
     if checkpoint is None:
-        checkpoint = _find(model, entry.checkpoint, f"{model}/checkpoint-last.pth", reporter)
+        if entry.checkpoint is None:
+            raise GtrError(f"{request.model} has no published weights; give a file with --checkpoint")
+        checkpoint = find_or_download(entry.checkpoint, f"{request.model}/checkpoint-last.pth", reporter)
     if vae is None and entry.vae is not None:
-        vae = _find("KL-16 VAE", entry.vae, "vae/kl16.ckpt", reporter)
+        vae = find_or_download(entry.vae, "vae/kl16.ckpt", reporter)
     return Weights(entry.architecture, checkpoint, vae, None, reporter)
-
-
-def _find(what: str, source: WeightSource | None, cached_name: str, reporter: Reporter) -> Path:
-    if source is None:
-        raise GtrError(f"{what} has no published weights; give a file with --checkpoint")
-    with reporter.bar(f"download {what}", source.mebibytes, "MiB") as bar:
-        return find_or_download(source, cached_name, lambda done, total: bar.to(done // MEBIBYTE))
 
 
 def weights_of_bundle(

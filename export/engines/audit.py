@@ -53,9 +53,8 @@ def float32_problem(layers: Mapping[str, int] | None, precision: str) -> str | N
     if precision == "fp32" or not layers:
         return None
     total, slow = sum(layers.values()), layers.get("fp32", 0)
-    if 2 * slow <= total:
-        return None
-    return f"{slow} of {total} matrix products run in fp32 although the bundle says {precision}"
+    said = f"{slow} of {total} matrix products run in fp32 although the bundle says {precision}"
+    return said if 2 * slow > total else None
 
 
 def precision_of(text: str) -> str | None:
@@ -81,10 +80,8 @@ def inspected_layers(text: str) -> dict[str, int] | None:
     except (ValueError, KeyError, TypeError):
         return None
     if any(layer.get("LayerType") for layer in layers):
-        chosen = [layer for layer in layers if _PRODUCT_KINDS.search(_kind(layer))]
-    else:
-        chosen = layers
-    found = Counter(precision for layer in chosen if (precision := _layer_precision(layer)))
+        layers = [layer for layer in layers if _PRODUCT_KINDS.search(_kind(layer))]
+    found = Counter(precision for layer in layers if (precision := _layer_precision(layer)))
     return dict(found.most_common()) or None
 
 

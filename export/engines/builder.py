@@ -37,7 +37,6 @@ class EngineRequest:
     """What to build; the defaults are the command's.
 
     Attributes:
-        bundle: the folder.
         flavour: a key of ``FLAVOURS``.
         compute_capabilities: for TensorRT-RTX; empty for the GPU that is here, else for all usual ones.
         max_batch: largest batch of the profiles; the bundle's if None.
@@ -63,12 +62,7 @@ class EngineRequest:
 
 @dataclass
 class EngineResult:
-    """What a build did.
-
-    Attributes:
-        built, cached: graph kinds.
-        warnings: one line each.
-    """
+    """What a build did; ``built`` and ``cached`` are graph kinds, warnings one line each."""
 
     engines: EngineSet
     bundle: Path
@@ -163,31 +157,22 @@ def _publish(folder: StagedFolder, bundle: Path, result: EngineResult) -> None:
 
 
 def request_target(request: EngineRequest, machine: Machine) -> Target:
-    """What the request asks to build for, before anything is built.
-
-    Raises:
-        UsageError, NeedsGpuError, BackendError: see :func:`choose_target`; a number out of range.
-    """
+    """What the request asks to build for; raises what :func:`choose_target` does, and of a number out of range."""
     if not 0 <= request.optimization_level <= 5:
         raise UsageError(f"--optimization-level {request.optimization_level} is not in 0..5")
     if request.workspace_gb is not None and not 0 < request.workspace_gb <= 1e4:
         raise UsageError(f"--workspace {request.workspace_gb:g} is not a size in GB")
     if request.max_batch is not None and request.max_batch < 1:
         raise UsageError(f"--max-batch {request.max_batch} is not at least 1")
-    again = f"gtr-export engine {request.bundle} --engine {request.flavour}"
-    return choose_target(
-        request.flavour, request.compute_capabilities, request.hardware_compatible, machine, f"`{again}`"
-    )
+    again = f"`gtr-export engine {request.bundle} --engine {request.flavour}`"
+    capabilities = request.compute_capabilities
+    return choose_target(request.flavour, capabilities, request.hardware_compatible, machine, again)
 
 
 def check_request(
     request: EngineRequest, machine: Machine, architecture: Architecture, plan_defaults: Mapping[str, Any]
 ) -> None:
-    """Finds what is wrong with a request before its bundle is there.
-
-    Raises:
-        UsageError, NeedsGpuError, BackendError, BundleError: as :func:`build_engines` would.
-    """
+    """Finds what is wrong with a request before its bundle is there; raises what :func:`build_engines` would."""
     engine_plans(request.plans, architecture, plan_defaults)
     request_target(request, machine)
 

@@ -52,13 +52,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """What building one engine gave.
-
-    Attributes:
-        seconds: parsing and building.
-        audit: in which precision its matrix products run.
-        warnings: one line each.
-    """
+    """What building one engine gave: seconds of parsing and building, precisions, warnings of one line each."""
 
     seconds: float
     audit: Audit

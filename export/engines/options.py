@@ -30,57 +30,32 @@ class _Names(click.ParamType):
         return names
 
 
-#: (option, field of EngineRequest, further arguments)
-_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    (
-        "--compute-capability",
-        "compute_capabilities",
-        {
-            "type": _Names(),
-            "help": "GPUs that tensorrt-rtx builds for, e.g. 8.9,12.0 (default: this one; else all usual).",
-        },
-    ),
-    (
-        "--plans",
-        "plans",
-        {
-            "type": _Names(),
-            "help": "Presets, or files of gtr-run plan --json, whose shapes are covered (default: gtr).",
-        },
-    ),
-    (
-        "--workspace",
-        "workspace_gb",
-        {"type": click.FloatRange(0, 1e4, min_open=True), "help": "Most scratch memory of a kernel, in GB."},
-    ),
-    (
-        "--optimization-level",
-        "optimization_level",
-        {"type": click.IntRange(0, 5), "help": "0 builds fastest, 5 searches longest (default: 3)."},
-    ),
-    (
-        "--hardware-compatible",
-        "hardware_compatible",
-        {
-            "is_flag": True,
-            "default": None,
-            "help": "tensorrt only: engines for every GPU from compute capability 8.0 on.",
-        },
-    ),
-    (
-        "--strict",
-        "strict",
-        {"is_flag": True, "default": None, "help": "Fail if a half-precision engine mostly runs in float32."},
-    ),
+def _option(name: str, setting: str, help: str, **more: Any) -> tuple[str, str, Callable[..., Any]]:
+    return name, setting, click.option(name, f"engine_{setting}", help=help, **more)
+
+
+_FLAG: dict[str, Any] = {"is_flag": True, "default": None}
+_CAPABILITIES = "GPUs that tensorrt-rtx builds for, e.g. 8.9,12.0 (default: this one; else all usual)."
+_PLANS = "Presets, or files of gtr-run plan --json, whose shapes are covered (default: gtr)."
+_SCRATCH = "Most scratch memory of a kernel, in GB."
+_LEVEL = "0 builds fastest, 5 searches longest (default: 3)."
+_COMPATIBLE = "tensorrt only: engines for every GPU from compute capability 8.0 on."
+_STRICT = "Fail if a half-precision engine mostly runs in float32."
+
+_OPTIONS = (
+    _option("--compute-capability", "compute_capabilities", _CAPABILITIES, type=_Names()),
+    _option("--plans", "plans", _PLANS, type=_Names()),
+    _option("--workspace", "workspace_gb", _SCRATCH, type=click.FloatRange(0, 1e4, min_open=True)),
+    _option("--optimization-level", "optimization_level", _LEVEL, type=click.IntRange(0, 5)),
+    _option("--hardware-compatible", "hardware_compatible", _COMPATIBLE, **_FLAG),
+    _option("--strict", "strict", _STRICT, **_FLAG),
 )
+"""Name, field of EngineRequest, click's decorator."""
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options; the command gets ``choices``, the fields of EngineRequest that were given."""
-
-    options = {
-        f"engine_{setting}": click.option(option, f"engine_{setting}", **more) for option, setting, more in _OPTIONS
-    }
+    options = {f"engine_{setting}": option for _, setting, option in _OPTIONS}
     return with_options(command, options, lambda values: {"choices": given(values, "engine_")})
 
 
@@ -102,15 +77,10 @@ def after_engines(result: EngineResult, machine: Machine) -> str:
 def engines_json(result: EngineResult) -> dict[str, Any]:
     """For ``--json``."""
     engines = result.engines
+    told = ("flavour", "version", "compute_capabilities", "precision", "plans", "max_batch", "bytes")
     return {
         "key": engines.key,
-        "flavour": engines.flavour,
-        "version": engines.version,
-        "compute_capabilities": list(engines.compute_capabilities),
-        "precision": engines.precision,
-        "plans": list(engines.plans),
-        "max_batch": engines.max_batch,
-        "bytes": engines.bytes,
+        **{name: getattr(engines, name) for name in told},
         "layers": {kind: dict(graph.layers or {}) for kind, graph in engines.graphs.items()},
         "built": result.built,
         "cached": result.cached,

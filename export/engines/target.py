@@ -47,11 +47,7 @@ class Target:
 def choose_target(
     flavour: str, compute_capabilities: Sequence[str], hardware_compatible: bool, machine: Machine, command: str
 ) -> Target:
-    """What to build for on this machine.
-
-    Args:
-        compute_capabilities: those asked for; empty for the default.
-        command: what to run on another machine, for the error line.
+    """What to build for on this machine; ``command`` is what to run on another one, for the error line.
 
     Raises:
         UsageError: unknown flavour or compute capability, or an option of the other flavour.

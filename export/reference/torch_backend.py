@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,25 +36,15 @@ class TorchBackend(HostLoopBackend):
 
     On CUDA, TF32 is switched off for the process: float32 products there keep 10 bits of mantissa otherwise, which is
     further from the CPU's than any tolerance allows.
-
-    Attributes:
-        description: device, precision and whether CUDA graphs are in use.
     """
 
     name = "torch"
 
-    def __init__(
-        self,
-        networks: Networks,
-        device: str | torch.device = "cpu",
-        cuda_graphs: bool = False,
-        fixed_buffers: bool | None = None,
-    ) -> None:
+    def __init__(self, networks: Networks, device: str = "cpu", cuda_graphs: bool = False) -> None:
         """Args:
             networks: the modules, in one precision.
             device: ``cpu``, ``cuda`` or ``cuda:N``.
             cuda_graphs: capture each shape of chain once and replay it; CUDA only, ignored on the CPU.
-            fixed_buffers: keep the buffers of each shape of chain, as capture needs; by default with ``cuda_graphs``.
 
         Raises:
             BackendError: torch cannot use the device.
@@ -70,7 +59,7 @@ class TorchBackend(HostLoopBackend):
             module.to(self._device)
         self._precision = _precision(networks.diffusion_step)
         self._capture = cuda_graphs and on_cuda
-        self._keep = self._capture if fixed_buffers is None else fixed_buffers
+        self._keep = self._capture  # the buffers of each shape of chain
         self._chains: dict[tuple[int, ...], _Chain] = {}
         # One pool for all graphs: nothing in it outlives a replay, results are in buffers outside.
         self._pool = torch.cuda.graph_pool_handle() if self._capture else None
@@ -209,8 +198,6 @@ def open_backend(
     precision: str | None = None,
     cuda_graphs: bool = True,
     threads: int | None = None,
-    checkpoint: Path | None = None,
-    vae: Path | None = None,
 ) -> TorchBackend:
     """Runs the weights that a bundle was built from; entry point ``torch`` of the group ``gtr_deploy.backends``.
 
@@ -220,7 +207,6 @@ def open_backend(
         precision: ``fp32``, ``fp16`` or ``bf16``; the bundle's by default, fp32 where that is a quantised one.
         cuda_graphs: see :class:`TorchBackend`.
         threads: of one call on the CPU, for the whole process; torch's default if None.
-        checkpoint, vae: the weight files, where they have moved.
 
     Raises:
         GtrError: the weights are not found, or torch has no such precision.
@@ -232,7 +218,7 @@ def open_backend(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _usable(device)
-    weights, why_not = weights_of_bundle(bundle, checkpoint, vae, Reporter(quiet=True))
+    weights, why_not = weights_of_bundle(bundle, None, None, Reporter(quiet=True))
     if weights is None:
         raise GtrError(f"the torch backend needs the bundle's weights: {why_not}")
     if threads is not None:
@@ -241,13 +227,13 @@ def open_backend(
     return TorchBackend(networks, device, cuda_graphs)
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def _usable(device: str) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise BackendError(f"torch device {str(device)!r} is not one of cpu, cuda, cuda:N") from None
-    if found.type not in ("cpu", "cuda"):
-        raise BackendError(f"torch device {str(device)!r} is not one of cpu, cuda, cuda:N")
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise BackendError(f"torch device {device!r} is not one of cpu, cuda, cuda:N")
     if found.type == "cuda":
         if not torch.cuda.is_available():
             raise BackendError(f"torch {torch.__version__} cannot use CUDA here; use the device cpu, or a CUDA build")

@@ -47,28 +47,18 @@ class Respacing:
 
     def to_json(self) -> dict[str, Any]:
         """For reports/parity.json; an infinite number as None."""
-        return {
-            **{key: value if np.isfinite(value) else None for key, value in asdict(self).items()},
-            "limit": LIMIT,
-            "timesteps": [ORIGINAL, CAPPED],
-        }
+        found = {key: value if np.isfinite(value) else None for key, value in asdict(self).items()}
+        return {**found, "limit": LIMIT, "timesteps": [ORIGINAL, CAPPED]}
 
     def warning(self, max_timestep: int) -> str | None:
-        """One line for people, if the checkpoint is sensitive.
-
-        Args:
-            max_timestep: what the bundle's plans keep by default.
-        """
+        """One line for people, if the checkpoint is sensitive; ``max_timestep`` is what its plans keep by default."""
         if not self.sensitive:
             return None
-        advice = (
-            f"its plans keep timesteps up to {max_timestep} by default: leave it so"
-            if max_timestep <= CAPPED
-            else f"its plans keep timesteps up to {max_timestep} by default: give plans --max-timestep {CAPPED}"
-        )
+        advice = "leave it so" if max_timestep <= CAPPED else f"give plans --max-timestep {CAPPED}"
         return (
             f"this checkpoint is sensitive to the respacing: with t = {ORIGINAL} kept its tokens are "
-            f"{self.ratio:.3g} times as large as with t up to {CAPPED}; {advice}"
+            f"{self.ratio:.3g} times as large as with t up to {CAPPED}; "
+            f"its plans keep timesteps up to {max_timestep} by default: {advice}"
         )
 
 

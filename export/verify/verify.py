@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +38,7 @@ from ...runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS, QUANTISED, Grap
 from ...runtime.sampling.chains import Floats
 from ...runtime.sampling.job import generation_job
 from ...runtime.sampling.noise import SeededNoise
-from ...runtime.sampling.plan import preset, presets_of, resolve
+from ...runtime.sampling.plan import SamplingPlan, preset, presets_of, resolve
 from ..build.sources import Weights, weights_of_bundle
 from .graph_inputs import covered_presets, covered_specs, graph_inputs
 from .limits import graph_limit
@@ -55,12 +55,9 @@ class Check:
     """One line of the table.
 
     Attributes:
-        rung: one of ``RUNGS``.
         subject: graph, shape or plan.
         status: ``ok``, ``failed`` or ``skipped``.
-        value: relative error, where there is one.
-        tolerance: its limit.
-        note: what else is to be said.
+        value, tolerance: relative error, where there is one, and its limit.
     """
 
     rung: str
@@ -130,7 +127,6 @@ def verify(
     """Climbs the rungs and writes ``reports/parity.json``, or ``parity-<engine>.json``, into the bundle.
 
     Args:
-        folder: the bundle.
         engine: a backend's name; ``onnxruntime`` on the CPU, the bundle's engines of a flavour on the GPU.
         checkpoint, vae: the files it was built from, where they have moved.
         plans: presets to compare whole generations for; by default all that are within ``CPU_BUDGET``.
@@ -148,14 +144,10 @@ def verify(
     weights, why_not = weights_of_bundle(bundle, checkpoint, vae, reporter)
     if weights is not None and importlib.util.find_spec("torch") is None:
         weights, why_not = None, "torch is not installed; pip install 'gtr-deploy[export]'"
-    emulated = bundle.precision == "bf16" and engine == "onnxruntime"
     with_what = engines.key if engines else f"{engine} cpu"
-    report = Report(
-        bundle.architecture.name,
-        bundle.precision,
-        with_what + (", bfloat16 products through float32 casts" if emulated else ""),
-        engine=engine,
-    )
+    if bundle.precision == "bf16" and engine == "onnxruntime":
+        with_what += ", bfloat16 products through float32 casts"
+    report = Report(bundle.architecture.name, bundle.precision, with_what, engine=engine)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         backend = _loads(bundle, engines, report, reporter, Path(scratch))
         if backend is not None:
@@ -167,11 +159,12 @@ def verify(
             if engines is not None:
                 specs = covered_specs(specs, bundle, engines)
                 plans = plans or covered_presets(bundle, engines)
-            _finite(backend, specs, bundle, report, reporter)
+            climb = _Climb(bundle, backend, specs, report, reporter)
+            climb.finite()
             if weights is not None and not report.failed:
-                _graphs(backend, specs, bundle, weights, report, reporter)
+                climb.graphs(weights)
             if weights is not None and not report.failed:
-                _images(backend, bundle, weights, report, reporter, plans, images)
+                climb.images(weights, plans, images)
             if isinstance(backend, OnnxRuntimeBackend) and not report.failed:
                 _respacing(backend, bundle, report, reporter)
         _skip_the_rest(report, why_not)
@@ -207,14 +200,16 @@ def relative_error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     return float(difference / norm)
 
 
+def _largest_error(found: Iterable[NDArray[Any]], wanted: Iterable[NDArray[Any]]) -> float:
+    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def _loads(
     bundle: Bundle, engines: EngineSet | None, report: Report, reporter: Reporter, scratch: Path
 ) -> Backend | None:
     try:
         with reporter.stage("checksums and loading"):
-            if engines is not None:
-                return _engines_load(bundle, engines, report)
-            backend = _opened(bundle, report.engine, scratch)
+            backend = TensorRTBackend(bundle, engines) if engines else _opened(bundle, report.engine, scratch)
     except (BundleError, BackendError) as error:
         report.checks.append(Check("loads", "all graphs", "failed", note=str(error)))
         return None
@@ -222,10 +217,15 @@ def _loads(
         note = f"evaluating bf16 on the CPU needs {error.name}; pip install 'gtr-deploy[export]'"
         report.checks.append(Check("loads", "all graphs", "skipped", note=note))
         return None
+    if engines:
+        notes = {
+            kind: (f"{len(graph.profiles)} profiles", graph.engine.bytes) for kind, graph in engines.graphs.items()
+        }
+    else:
+        kinds = bundle.graphs if report.engine == "onnxruntime" else NETWORKS
+        notes = {kind: (f"opset {bundle.graphs[kind].opset}", bundle.graphs[kind].bytes) for kind in kinds}
     report.checks += [
-        Check("loads", kind, "ok", note=f"opset {files.opset}, {files.bytes / 2**20:.1f} MiB")
-        for kind, files in bundle.graphs.items()
-        if report.engine == "onnxruntime" or kind in NETWORKS
+        Check("loads", kind, "ok", note=f"{what}, {size / 2**20:.1f} MiB") for kind, (what, size) in notes.items()
     ]
     return backend
 
@@ -241,74 +241,98 @@ def _opened(bundle: Bundle, engine: str, scratch: Path) -> Backend:
     return OnnxRuntimeBackend(paths, optimised=bundle.precision != "fp8")
 
 
-def _engines_load(bundle: Bundle, engines: EngineSet, report: Report) -> Backend:
-    backend = TensorRTBackend(bundle, engines)
-    report.checks += [
-        Check("loads", kind, "ok", note=f"{len(graph.profiles)} profiles, {graph.engine.bytes / 2**20:.1f} MiB")
-        for kind, graph in engines.graphs.items()
-    ]
-    return backend
+@dataclass
+class _Climb:
+    """The rungs above the first: what is checked, and what has come out so far."""
+
+    bundle: Bundle
+    backend: Backend
+    specs: Mapping[str, GraphSpec]
+    report: Report
+    reporter: Reporter
+
+    @property
+    def references(self) -> list[str]:
+        """Precisions of torch to compare with; torch has no quantised one."""
+        precision = self.bundle.precision
+        return ["fp32"] if precision in QUANTISED else list(dict.fromkeys([precision, "fp32"]))
+
+    def inputs(self, spec: GraphSpec, size: str, seed: int) -> dict[str, NDArray[Any]]:
+        """Of a graph at one of :data:`SIZES`."""
+        return graph_inputs(spec, self.bundle.architecture, self.bundle.conditioner, getattr(spec, size), seed)
+
+    def finite(self) -> None:
+        for kind, spec in self.specs.items():
+            with self.reporter.stage(f"finite: {kind}"):
+                for size in SIZES:
+                    try:
+                        problem = _problem(spec, size, self.backend.run(kind, self.inputs(spec, size, 0)))
+                    except BackendError as error:
+                        problem = str(error)
+                    shape = " ".join(f"{letter}={getattr(spec, size)[letter]}" for letter in spec.symbols)
+                    status, note = ("failed", f"{shape}: {problem}") if problem else ("ok", shape)
+                    self.report.checks.append(Check("finite", f"{kind}, {size}", status, note=note))
+
+    def graphs(self, weights: Weights) -> None:
+        for kind, spec in self.specs.items():
+            with self.reporter.stage(f"parity: {kind}"):
+                for precision in self.references:
+                    module = _reference(kind, weights, precision)
+                    limit, note = graph_limit(spec, self.bundle, precision, self.report.engine)
+                    for size in SIZES:
+                        inputs = self.inputs(spec, size, 1)
+                        error = _largest_error(self.backend.run(kind, inputs), module(inputs))
+                        status, subject = "ok" if error <= limit else "failed", f"{kind}, {size}, torch {precision}"
+                        self.report.checks.append(Check("graphs", subject, status, error, limit, note))
+
+    def images(self, weights: Weights, plans: Sequence[str] | None, images: int) -> None:
+        architecture = self.bundle.architecture
+        chosen: dict[str, SamplingPlan] = {}
+        for name in plans or presets_of(family_of(architecture)):
+            plan = resolve(preset(name, architecture, self.bundle.plan_defaults), architecture)
+            if plans is None and plan.flops * images > CPU_BUDGET:
+                note = f"{plan.flops * images / 1e12:.0f} TFLOP on the CPU, twice; --plans {name} runs it"
+                self.report.checks.append(Check("images", f"plan {name}", "skipped", note=note))
+            else:
+                chosen[name] = plan
+        if not chosen:
+            return
+        from ..networks import build_networks
+        from ..reference.torch_backend import TorchBackend
+
+        made: dict[tuple[str, str], Floats | GtrError] = {}
+        for precision in ["bundle", *self.references]:
+            runner = self.backend
+            if precision != "bundle":
+                runner = TorchBackend(build_networks(architecture, weights.checkpoint(), weights.vae(), precision))
+            for name, plan in chosen.items():
+                with self.reporter.stage(f"{images} images, plan {name}, {runner.name} {precision}"):
+                    made[precision, name] = self._generated(runner, plan, images)
+        limit = IMAGE_TOLERANCES[self.bundle.precision]
+        for name in chosen:
+            for precision in self.references:
+                pair = made["bundle", name], made[precision, name]
+                self.report.checks.append(_compared(f"plan {name}, torch {precision}", *pair, limit))
+
+    def _generated(self, backend: Backend, plan: SamplingPlan, images: int) -> Floats | GtrError:
+        architecture, conditioner, seeds = self.bundle.architecture, self.bundle.conditioner, list(range(images))
+        asked = conditioner.arrays(conditioner.samples(images))
+        noise = SeededNoise(seeds, architecture.token_channels)
+        try:
+            return backend.generate(generation_job(plan, architecture, asked, seeds, noise))
+        except GtrError as error:
+            return error
 
 
-def _shapes(spec: GraphSpec) -> list[tuple[str, Mapping[str, int]]]:
-    return [(name, getattr(spec, name)) for name in SIZES]
-
-
-def _finite(
-    backend: Backend,
-    specs: Mapping[str, GraphSpec],
-    bundle: Bundle,
-    report: Report,
-    reporter: Reporter,
-) -> None:
-    for kind, spec in specs.items():
-        with reporter.stage(f"finite: {kind}"):
-            for name, sizes in _shapes(spec):
-                report.checks.append(_finite_at(backend, spec, bundle, name, sizes))
-
-
-def _finite_at(backend: Backend, spec: GraphSpec, bundle: Bundle, name: str, sizes: Mapping[str, int]) -> Check:
-    subject = f"{spec.kind}, {name}"
-    shape = " ".join(f"{letter}={sizes[letter]}" for letter in spec.symbols)
-    try:
-        outputs = backend.run(spec.kind, graph_inputs(spec, bundle.architecture, bundle.conditioner, sizes))
-    except BackendError as error:
-        return Check("finite", subject, "failed", note=f"{shape}: {error}")
+def _problem(spec: GraphSpec, size: str, outputs: Sequence[NDArray[Any]]) -> str:
+    """What is wrong with a graph's outputs, if anything is."""
     for tensor, output in zip(spec.outputs, outputs, strict=True):
-        if output.shape != tensor.shape(sizes):
-            note = f"{shape}: {tensor.name} is {output.shape}, expected {tensor.shape(sizes)}"
-            return Check("finite", subject, "failed", note=note)
-        if not np.isfinite(output).all():
-            bad = output.size - int(np.isfinite(output).sum())
-            return Check("finite", subject, "failed", note=f"{shape}: {bad} values of {tensor.name} are not finite")
-    return Check("finite", subject, "ok", note=shape)
-
-
-def _graphs(
-    backend: Backend,
-    specs: Mapping[str, GraphSpec],
-    bundle: Bundle,
-    weights: Weights,
-    report: Report,
-    reporter: Reporter,
-) -> None:
-    precisions = _references(bundle)
-    for kind, spec in specs.items():
-        with reporter.stage(f"parity: {kind}"):
-            for precision in precisions:
-                module = _reference(kind, weights, precision)
-                limit, note = graph_limit(spec, bundle, precision, report.engine)
-                for name, sizes in _shapes(spec):
-                    inputs = graph_inputs(spec, bundle.architecture, bundle.conditioner, sizes, seed=1)
-                    error = _largest_error(backend.run(kind, inputs), module(inputs))
-                    status = "ok" if error <= limit else "failed"
-                    subject = f"{kind}, {name}, torch {precision}"
-                    report.checks.append(Check("graphs", subject, status, error, limit, note))
-
-
-def _references(bundle: Bundle) -> list[str]:
-    """Precisions of torch to compare with; torch has no quantised one."""
-    return ["fp32"] if bundle.precision in QUANTISED else list(dict.fromkeys([bundle.precision, "fp32"]))
+        expected = tensor.shape(getattr(spec, size))
+        if output.shape != expected:
+            return f"{tensor.name} is {output.shape}, expected {expected}"
+        if bad := output.size - int(np.isfinite(output).sum()):
+            return f"{bad} values of {tensor.name} are not finite"
+    return ""
 
 
 def _reference(kind: str, weights: Weights, precision: str) -> Callable[[Mapping[str, Any]], list[NDArray[Any]]]:
@@ -318,9 +342,8 @@ def _reference(kind: str, weights: Weights, precision: str) -> Callable[[Mapping
     from ..networks import build_graph_module
 
     checkpoint = weights.checkpoint() if kind in export_family(weights.architecture).networks else {}
-    module = build_graph_module(
-        kind, weights.architecture, checkpoint, weights.vae() if kind == "decoder" else {}, precision
-    )
+    vae = weights.vae() if kind == "decoder" else {}
+    module = build_graph_module(kind, weights.architecture, checkpoint, vae, precision)
 
     @torch.inference_mode()
     def call(inputs: Mapping[str, Any]) -> list[NDArray[Any]]:
@@ -330,66 +353,8 @@ def _reference(kind: str, weights: Weights, precision: str) -> Callable[[Mapping
     return call
 
 
-def _largest_error(found: Sequence[NDArray[Any]], wanted: Sequence[NDArray[Any]]) -> float:
-    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-def _images(
-    backend: Backend,
-    bundle: Bundle,
-    weights: Weights,
-    report: Report,
-    reporter: Reporter,
-    plans: Sequence[str] | None,
-    images: int,
-) -> None:
-    architecture = bundle.architecture
-    chosen: list[str] = []
-    for name in plans or presets_of(family_of(architecture)):
-        plan = resolve(preset(name, architecture, bundle.plan_defaults), architecture)
-        if plans is None and plan.flops * images > CPU_BUDGET:
-            note = f"{plan.flops * images / 1e12:.0f} TFLOP on the CPU, twice; --plans {name} runs it"
-            report.checks.append(Check("images", f"plan {name}", "skipped", note=note))
-        else:
-            chosen.append(name)
-    if not chosen:
-        return
-    from ..networks import build_networks
-    from ..reference.torch_backend import TorchBackend
-
-    made: dict[tuple[str, str], Floats | GtrError] = {}
-    for precision in ["bundle", *_references(bundle)]:
-        runner: Backend = backend
-        if precision != "bundle":
-            runner = TorchBackend(build_networks(architecture, weights.checkpoint(), weights.vae(), precision))
-        for name in chosen:
-            with reporter.stage(
-                f"{images} images, plan {name}, {runner.name} {precision.replace('onnx', '')}".rstrip()
-            ):
-                made[precision, name] = _generated(runner, name, bundle, images)
-    limit = IMAGE_TOLERANCES[bundle.precision]
-    for name in chosen:
-        for precision in _references(bundle):
-            report.checks.append(_compared(name, precision, made["bundle", name], made[precision, name], limit))
-
-
-def _generated(backend: Backend, name: str, bundle: Bundle, images: int) -> Floats | GtrError:
-    architecture = bundle.architecture
-    plan = resolve(preset(name, architecture, bundle.plan_defaults), architecture)
-    seeds, asked = list(range(images)), bundle.conditioner.arrays(bundle.conditioner.samples(images))
-    job = generation_job(plan, architecture, asked, seeds, SeededNoise(seeds, architecture.token_channels))
-    try:
-        return backend.generate(job)
-    except GtrError as error:
-        return error
-
-
-def _compared(name: str, precision: str, found: Floats | GtrError, wanted: Floats | GtrError, limit: float) -> Check:
-    subject = f"plan {name}, torch {precision}"
-    for side in (found, wanted):
-        if isinstance(side, GtrError):
-            return Check("images", subject, "failed", note=str(side))
-    assert not isinstance(found, GtrError)
-    assert not isinstance(wanted, GtrError)
-    worst = max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+def _compared(subject: str, found: Floats | GtrError, wanted: Floats | GtrError, limit: float) -> Check:
+    if isinstance(found, GtrError) or isinstance(wanted, GtrError):
+        return Check("images", subject, "failed", note=str(found if isinstance(found, GtrError) else wanted))
+    worst = _largest_error(found, wanted)
     return Check("images", subject, "ok" if worst <= limit else "failed", worst, limit, f"worst of {len(found)} images")

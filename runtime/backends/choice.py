@@ -95,10 +95,7 @@ def resolve_backend(bundle: Bundle, options: BackendOptions) -> tuple[BackendOpt
 
 
 def open_backend(bundle: Bundle, options: BackendOptions, checksums: bool = True) -> Backend:
-    """Opens a bundle with the chosen engine library.
-
-    Args:
-        checksums: compare every file's SHA-256 with the manifest (sizes always are).
+    """Opens a bundle with the chosen engine library; ``checksums`` compares SHA-256, sizes always are compared.
 
     Raises:
         BundleError: a file of the bundle is not sound.

@@ -22,25 +22,21 @@ if TYPE_CHECKING:
     from ..bundle.reader import Bundle
     from ..machine.examine import Machine
 
-
 ENTRY_POINTS = "gtr_deploy.backends"
-"""Entry point group of rows that are not part of the runtime."""
 
 
-def _open_onnxruntime(provider: str) -> Callable[[Bundle, BackendOptions, bool], Backend]:
-    def open_(bundle: Bundle, options: BackendOptions, checksums: bool) -> Backend:
-        from .onnxruntime.backend import OnnxRuntimeBackend
+def _open_onnxruntime(bundle: Bundle, options: BackendOptions, checksums: bool) -> Backend:
+    from .onnxruntime.backend import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(
-            bundle.graph_files(checksums, target="cpu" if provider == "cpu" else "tensorrt"),
-            options.threads,
-            provider,
-            options.device,
-            cuda_graphs=provider == "cuda" and options.cuda_graph != "off",
-            optimised=not (provider == "cpu" and bundle.precision == "fp8"),
-        )
-
-    return open_
+    on_cpu = options.provider == "cpu"
+    return OnnxRuntimeBackend(
+        bundle.graph_files(checksums, target="cpu" if on_cpu else "tensorrt"),
+        options.threads,
+        options.provider,
+        options.device,
+        cuda_graphs=not on_cpu and options.cuda_graph != "off",
+        optimised=not (on_cpu and bundle.precision == "fp8"),
+    )
 
 
 def _open_openvino(bundle: Bundle, options: BackendOptions, checksums: bool) -> Backend:
@@ -50,13 +46,10 @@ def _open_openvino(bundle: Bundle, options: BackendOptions, checksums: bool) -> 
     return OpenVinoBackend({kind: graphs[kind] for kind in NETWORKS}, options.threads)
 
 
-def _open_tensorrt(flavour: str) -> Callable[[Bundle, BackendOptions, bool], Backend]:
-    def open_(bundle: Bundle, options: BackendOptions, checksums: bool) -> Backend:
-        from .tensorrt.backend import open_tensorrt
+def _open_tensorrt(bundle: Bundle, options: BackendOptions, checksums: bool) -> Backend:
+    from .tensorrt.backend import open_tensorrt
 
-        return open_tensorrt(bundle, flavour, options.device, options.cuda_graph, checksums)
-
-    return open_
+    return open_tensorrt(bundle, options.backend, options.device, options.cuda_graph, checksums)
 
 
 def lacks_cuda_provider(machine: Machine) -> str:
@@ -86,9 +79,8 @@ def _openvino_because(bundle: Bundle, machine: Machine) -> str:
         return because + ("" if _has_bfloat16(machine) else "; this CPU has no bfloat16, float32 takes its place")
     if ONNXRUNTIME_CPU.problem(machine):
         return "ONNX Runtime is not installed"
-    if _openvino_rank(bundle, machine) < 50:
-        return ""
-    return f"OpenVINO was faster than ONNX Runtime with {bundle.precision} on CPUs with VNNI"
+    faster = _openvino_rank(bundle, machine) > 50
+    return f"OpenVINO was faster than ONNX Runtime with {bundle.precision} on CPUs with VNNI" if faster else ""
 
 
 def _has_bfloat16(machine: Machine) -> bool:
@@ -98,19 +90,6 @@ def _has_bfloat16(machine: Machine) -> bool:
 def _openvino_what(machine: Machine, bundle: Bundle | None) -> str:
     bfloat16 = "bfloat16" if _has_bfloat16(machine) else "float32, since this CPU has no bfloat16"
     return f"openvino {machine.versions.get('openvino')}, bf16 bundles in {bfloat16}"
-
-
-def _tensorrt_lacks(flavour: str) -> Callable[[Machine], str]:
-    def lacks(machine: Machine) -> str:
-        assert machine.gpu is not None
-        if machine.versions.get("cuda-bindings") is None:
-            return f"{machine.problems.get('cuda-bindings') or 'cuda-bindings is not installed'}; {INSTALL[flavour]}"
-        here = machine.gpu.compute_capability
-        if flavour == "tensorrt-rtx" and here not in RTX_CAPABILITIES:
-            return f"{flavour} runs on compute capability {', '.join(RTX_CAPABILITIES)}, not on {here}; use tensorrt"
-        return ""
-
-    return lacks
 
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -132,17 +111,24 @@ def engine_refusals(bundle: Bundle, machine: Machine, flavour: str) -> dict[str,
     return found
 
 
-def _tensorrt_refuses(flavour: str) -> Callable[[Bundle, Machine], str]:
+def _tensorrt_row(flavour: str, oldest: tuple[int, ...], rank: float) -> BackendRow:
+    """``oldest`` has the API that the code uses; tests/export/test_tensorrt_api.py holds it to newer ones."""
+
+    def lacks(machine: Machine) -> str:
+        assert machine.gpu is not None
+        if machine.versions.get("cuda-bindings") is None:
+            return f"{machine.problems.get('cuda-bindings') or 'cuda-bindings is not installed'}; {INSTALL[flavour]}"
+        here = machine.gpu.compute_capability
+        if flavour == "tensorrt-rtx" and here not in RTX_CAPABILITIES:
+            return f"{flavour} runs on compute capability {', '.join(RTX_CAPABILITIES)}, not on {here}; use tensorrt"
+        return ""
+
     def refuses(bundle: Bundle, machine: Machine) -> str:
         refusals = engine_refusals(bundle, machine, flavour)
         if not refusals:
             return f"the bundle has no {flavour} engines; {rebuild_command(bundle, flavour)}"
         return "" if "" in refusals.values() else next(iter(refusals.values()))
 
-    return refuses
-
-
-def _tensorrt_what(flavour: str) -> Callable[[Machine, Bundle | None], str]:
     def what(machine: Machine, bundle: Bundle | None) -> str:
         found = f"{flavour} {machine.versions.get(flavour)}"
         if bundle is None:
@@ -150,12 +136,26 @@ def _tensorrt_what(flavour: str) -> Callable[[Machine, Bundle | None], str]:
         runnable = [key for key, reason in engine_refusals(bundle, machine, flavour).items() if not reason]
         return f"{found}, {', '.join(runnable)}"
 
-    return what
+    return BackendRow(
+        flavour,
+        _open_tensorrt,
+        what=what,
+        library=flavour,
+        oldest=oldest,
+        install=INSTALL[flavour],
+        gpu=True,
+        # Its compiler needs no GPU, so that the engines of other machines can be built on this one.
+        without_gpu="; it can still build engines for other machines" if flavour == "tensorrt-rtx" else "",
+        reads_graphs=False,
+        lacks=lacks,
+        refuses=refuses,
+        rank=lambda bundle, machine: rank,
+    )
 
 
 ONNXRUNTIME_CPU = BackendRow(
     "onnxruntime",
-    _open_onnxruntime("cpu"),
+    _open_onnxruntime,
     what=lambda machine, bundle: f"onnxruntime {machine.versions.get('onnxruntime')}",
     provider="cpu",
     library="onnxruntime",
@@ -171,7 +171,7 @@ ROWS: tuple[BackendRow, ...] = (
     ONNXRUNTIME_CPU,
     BackendRow(
         "onnxruntime",
-        _open_onnxruntime("cuda"),
+        _open_onnxruntime,
         what=lambda machine, bundle: f"onnxruntime {machine.versions.get('onnxruntime')}, CUDA provider",
         provider="cuda",
         library="onnxruntime",
@@ -195,25 +195,8 @@ ROWS: tuple[BackendRow, ...] = (
         rank=_openvino_rank,
         because=_openvino_because,
     ),
-    *(
-        BackendRow(
-            flavour,
-            _open_tensorrt(flavour),
-            what=_tensorrt_what(flavour),
-            library=flavour,
-            # The oldest version whose API the code uses; tests/export/test_tensorrt_api.py holds it to newer ones.
-            oldest=oldest,
-            install=INSTALL[flavour],
-            gpu=True,
-            # Its compiler needs no GPU, so that the engines of other machines can be built on this one.
-            without_gpu="; it can still build engines for other machines" if flavour == "tensorrt-rtx" else "",
-            reads_graphs=False,
-            lacks=_tensorrt_lacks(flavour),
-            refuses=_tensorrt_refuses(flavour),
-            rank=lambda bundle, machine, rank=rank: rank,
-        )
-        for flavour, oldest, rank in (("tensorrt", (10, 12), 100), ("tensorrt-rtx", (1, 7), 90))
-    ),
+    _tensorrt_row("tensorrt", (10, 12), 100),
+    _tensorrt_row("tensorrt-rtx", (1, 7), 90),
 )
 """The runtime's own backends; other packages' come with :func:`backend_rows`."""
 

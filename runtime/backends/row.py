@@ -52,11 +52,8 @@ class BackendRow:
         what: what it is, one line for doctor; (machine, bundle or None) to it where that depends.
         provider: ``cpu`` or ``cuda`` where a library has a row for each.
         library: that it needs, a key of ``Machine.versions`` or the name of a distribution; None if :attr:`lacks` knows
-            alone.
-        oldest: version of the library, such as (2026, 3).
-        install: the line that installs it.
-        gpu: it needs one.
-        without_gpu: what it is still good for without one, a clause.
+            alone. ``oldest``: its version, such as (2026, 3). ``install``: the line that installs it.
+        gpu: it needs one; ``without_gpu`` is a clause on what it is still good for without.
         reads_graphs: it runs the bundle's graphs, not engines or a checkpoint.
         unsupported: precision to what is wrong with it and what can be done; ``{model}`` is the model's name.
         lacks: why it runs nothing on a machine whose library and GPU are there; empty if it does.
@@ -83,7 +80,7 @@ class BackendRow:
 
     @property
     def label(self) -> str:
-        """Name, with the provider where there are several: ``onnxruntime cpu``."""
+        """Such as ``onnxruntime cpu``."""
         return f"{self.name} {self.provider}".strip()
 
     def problem(self, machine: Machine) -> str:

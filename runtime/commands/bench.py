@@ -113,12 +113,7 @@ def _every_backend(bundle: Bundle, engine: BackendOptions) -> tuple[str, str | N
 
 
 def _measure(
-    bundle: Bundle,
-    engine: BackendOptions,
-    plans: Sequence[SamplingPlan],
-    sizes: Sequence[int],
-    repeat: int,
-    reporter: Reporter,
+    bundle: Bundle, engine: BackendOptions, plans: list[SamplingPlan], sizes: list[int], repeat: int, reporter: Reporter
 ) -> tuple[str, str | None, list[Measurement]]:
     """The backend's name, why it was taken if the user left it open, and its measurements."""
     from .timing import measure
@@ -151,24 +146,17 @@ def _print(bundle: Bundle, found: Mapping[str, Sequence[Measurement]]) -> None:
     """The table. Peak memory is the process's, so it says nothing of the second of several backends."""
     from .timing import PARTS
 
+    columns = ["backend", "plan", "batch", "median s", "p5 s", "p95 s", "images/s", "peak MiB", *PARTS]
     rows, alone = [], len(found) == 1
     for name, measurements in found.items():
         for measurement in measurements:
             figures = measurement.to_json()
-            rows.append(
-                [
-                    *([] if alone else [name]),
-                    measurement.plan,
-                    str(measurement.batch_size),
-                    f"{figures['median']:.3f}",
-                    f"{figures['p5']:.3f}",
-                    f"{figures['p95']:.3f}",
-                    f"{measurement.images_per_second:.2f}",
-                    *([f"{measurement.peak_memory / 2**20:.0f}"] if alone else []),
-                    *(f"{measurement.shares[part]:.1%}" for part in PARTS),
-                ]
-            )
-    columns = [*([] if alone else ["backend"]), "plan", "batch", "median s", "p5 s", "p95 s", "images/s"]
-    columns += [*(["peak MiB"] if alone else []), *PARTS]
+            seconds = (f"{figures[key]:.3f}" for key in ("median", "p5", "p95"))
+            speed, peak = f"{measurement.images_per_second:.2f}", f"{measurement.peak_memory / 2**20:.0f}"
+            shares = (f"{measurement.shares[part]:.1%}" for part in PARTS)
+            rows.append([name, measurement.plan, str(measurement.batch_size), *seconds, speed, peak, *shares])
+    needless = columns.index("backend" if alone else "peak MiB")
+    for row in (columns, *rows):
+        del row[needless]
     title = f"{bundle.architecture.name}, {bundle.precision}" + (f", {next(iter(found))}" if alone else "")
     print_table(columns, rows, title=title)

@@ -39,11 +39,7 @@ class Finding:
 
 
 def diagnose(machine: Machine, bundle: Bundle | None) -> list[Finding]:
-    """The doctor's table.
-
-    Args:
-        bundle: whether each backend can run this bundle; whether it can run at all if None.
-    """
+    """The doctor's table: whether each backend can run this bundle, or whether it can run at all if None."""
     findings = [Finding("python", "info", f"{platform.python_version()} on {machine.system}"), _gpu(machine)]
     findings += [_library(name, machine) for name in _USE]
     damage = ""
@@ -70,13 +66,9 @@ def can_run(findings: Sequence[Finding]) -> list[str]:
 def _gpu(machine: Machine) -> Finding:
     gpu = machine.gpu
     if gpu is None:
-        return Finding("gpu", "missing", _gpu_problem(machine))
+        return Finding("gpu", "missing", machine.gpu_problem or "no GPU was found")
     text = f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory / 2**30:.0f} GiB, driver {gpu.driver}"
     return Finding("gpu", "ok", text)
-
-
-def _gpu_problem(machine: Machine) -> str:
-    return machine.gpu_problem or "no GPU was found"
 
 
 def _library(name: str, machine: Machine) -> Finding:

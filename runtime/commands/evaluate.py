@@ -15,6 +15,7 @@ from ..errors import GtrError, UsageError
 from .backend_options import backend_options, load_pipeline
 from .console import Reporter, print_json, print_table
 from .plan_options import chosen_plan, plan_options
+from .request_options import image_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,20 +37,19 @@ HEADINGS = {
 }
 
 
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
 @dataclass(frozen=True)
 class Evaluated:
-    """One plan's pictures.
+    """What one plan's pictures are worth.
 
     Attributes:
-        name: preset.
-        plan: as it ran.
-        tally: what is kept of its pictures.
-        figures: what they are worth.
+        tally: what is kept of them, for comparison with another plan's.
         seconds: per image, decoding included; None if all were read from ``--save-images``.
         generated: images that were made now and not read.
     """
 
-    name: str
     plan: SamplingPlan
     tally: Tally
     figures: Mapping[str, Estimate]
@@ -77,15 +77,9 @@ class Evaluated:
 @click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Image n gets seed + n.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="Images per batch (the bundle's max_batch).")
 @click.option(
-    "--reference",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="NPZ with mu and sigma of real pictures' Inception features; digits need none.",
+    "--reference", type=_FILE, help="NPZ with mu and sigma of real pictures' Inception features; digits need none."
 )
-@click.option(
-    "--inception-weights",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="torch-fidelity's weights file, where it cannot be downloaded.",
-)
+@click.option("--inception-weights", type=_FILE, help="torch-fidelity's weights file, where it cannot be downloaded.")
 @click.option(
     "--save-images",
     type=click.Path(path_type=Path, file_okay=False),
@@ -132,25 +126,23 @@ def evaluate(
     names = [name.strip() for name in plan.split(",")]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"--plans: {', '.join(twice)} stands there twice")
-    plans = {name: chosen_plan(name, overrides, architecture, opened.plan_defaults) for name in names}
+    plans = [chosen_plan(name, overrides, architecture, opened.plan_defaults) for name in names]
     reporter = Reporter(quiet=as_json)
     measure = open_measure(opened, reference, inception_weights, engine)
-    kinds = len({str(request) for request in opened.conditioner.samples(images)})
+    requests = opened.conditioner.samples(images)
+    kinds = len({str(request) for request in requests})
     if first := images % kinds:
         reporter.say(f"{images} images over {kinds} classes: the first {first} get one more")
     pipeline = click.get_current_context().with_resource(load_pipeline(opened, engine, reporter))
+    batch = batch_size or min(images, opened.max_batch)
     results: list[Evaluated] = []
-    for name, resolved in plans.items():
+    for name, resolved in zip(names, plans, strict=True):
         folder = None if save_images is None else save_images / name
-        job = _Job(opened, pipeline, resolved, images, seed, batch_size or min(images, opened.max_batch), folder)
-        results.append(_evaluated(name, job, measure, reporter))
+        results.append(_evaluated(_Job(opened, pipeline, resolved, requests, seed, batch, folder), measure, reporter))
     differences = [{} if result is results[0] else result.tally.less(results[0].tally) for result in results]
-    points = [
-        Point(result.name, result.seconds, result.figures["frechet_distance"])
-        for result in results
-        if result.seconds is not None
-    ]
-    if plot is not None and points:
+    timed = [(result, result.seconds) for result in results if result.seconds is not None]
+    if plot is not None and timed:
+        points = [Point(one.plan.settings.name, cost, one.figures["frechet_distance"]) for one, cost in timed]
         title = f"{architecture.name}, {images} images, {pipeline.backend.name}"
         plot_front(plot, title, points, "seconds per image", "Frechet distance")
     if as_json:
@@ -162,18 +154,18 @@ def evaluate(
                 "backend_why": pipeline.backend_why,
                 "images": images,
                 "seed": seed,
-                "batch_size": batch_size or min(images, opened.max_batch),
+                "batch_size": batch,
                 "features": measure.features,
                 "reference": measure.reference,
                 "plans": [result.to_json(own) for result, own in zip(results, differences, strict=True)],
-                "plot": str(plot) if plot and points else None,
+                "plot": str(plot) if plot and timed else None,
             }
         )
     else:
         _print(results, differences, f"{architecture.name}, {opened.precision}, {images} images, {measure.reference}")
-        if plot is not None and points:
+        if plot is not None and timed:
             click.echo(f"plot: {plot}")
-    if plot is not None and not points:
+    if plot is not None and not timed:
         raise GtrError("--plot needs times: every image was read from --save-images, and none was made")
 
 
@@ -212,71 +204,63 @@ class _Job:
     bundle: Bundle
     pipeline: Pipeline
     plan: SamplingPlan
-    images: int
+    requests: list[Request]
     seed: int
     batch: int
     folder: Path | None
 
 
-def _evaluated(name: str, job: _Job, measure: Measure, reporter: Reporter) -> Evaluated:
-    tally = measure.tally(job.images)
-    seconds, generated, done = 0.0, 0, 0
-    with reporter.bar(f"{job.images} images, plan {name}", job.images, "images") as bar:
+def _evaluated(job: _Job, measure: Measure, reporter: Reporter) -> Evaluated:
+    images = len(job.requests)
+    tally, seconds, generated, done = measure.tally(images), 0.0, 0, 0
+    with reporter.bar(f"{images} images, plan {job.plan.settings.name}", images, "images") as bar:
         for pictures, requests, spent in _batches(job):
             tally.add(pictures, requests)
             done += len(requests)
             if spent is not None:
                 seconds, generated = seconds + spent, generated + len(requests)
             bar.to(done)
-    return Evaluated(name, job.plan, tally, tally.figures(), seconds / generated if generated else None, generated)
+    return Evaluated(job.plan, tally, tally.figures(), seconds / generated if generated else None, generated)
 
 
 def _batches(job: _Job) -> Iterator[tuple[NDArray[np.uint8], list[Request], float | None]]:
     """Pictures, what they were asked to be, and the seconds they took to make; None if they were read."""
     from ..pictures.png import save_png
 
-    requests = job.bundle.conditioner.samples(job.images)
     warm = False
-    for start in range(0, job.images, job.batch):
-        part = slice(start, min(start + job.batch, job.images))
-        seeds = list(range(job.seed + part.start, job.seed + part.stop))
-        own, files, settings = requests[part], [], []
+    for start in range(0, len(job.requests), job.batch):
+        requests = job.requests[start : start + job.batch]
+        seeds = list(range(job.seed + start, job.seed + start + len(requests)))
+        files: dict[Path, dict[str, Any]] = {}
         if job.folder is not None:
-            files = [job.folder / f"{index:06d}.png" for index in range(part.start, part.stop)]
-            settings = [_settings(job, request, seed) for request, seed in zip(own, seeds, strict=True)]
-            pictures = _read(files, settings)
+            for index, (request, seed) in enumerate(zip(requests, seeds, strict=True), start):
+                files[job.folder / f"{index:06d}.png"] = _settings(job, request, seed)
+            pictures = _read(files)
             if pictures is not None:
-                yield pictures, own, None
+                yield pictures, requests, None
                 continue
             job.folder.mkdir(parents=True, exist_ok=True)
         if not warm:
             job.pipeline.warm_up(job.plan, job.batch)
             warm = True
         begin = time.perf_counter()
-        made = job.pipeline.generate(own, seeds, job.plan, batch_size=job.batch)
+        made = job.pipeline.generate(requests, seeds, job.plan, batch_size=job.batch)
         spent = time.perf_counter() - begin
         if files:
-            for file, image, setting in zip(files, made.images, settings, strict=True):
-                save_png(file, image, setting)
-        yield made.images, own, spent
+            for (file, settings), image in zip(files.items(), made.images, strict=True):
+                save_png(file, image, settings)
+        yield made.images, requests, spent
 
 
 def _settings(job: _Job, request: Request, seed: int) -> dict[str, Any]:
-    """What decides an image, for its PNG."""
+    """What decides an image, for its PNG: more than ``generate`` says, since it has to be found again."""
     sums = "".join(files.model.sha256 for _, files in sorted(job.bundle.graphs.items()))
-    return {
-        "model": job.bundle.architecture.name,
-        "precision": job.bundle.precision,
-        "graphs": hashlib.sha256(sums.encode()).hexdigest(),
-        "backend": job.pipeline.backend.name,
-        **job.bundle.conditioner.record(request),
-        "seed": seed,
-        "plan": job.plan.settings.to_json(),
-    }
+    graphs = hashlib.sha256(sums.encode()).hexdigest()
+    return image_settings(job.bundle, job.pipeline.backend.name, request, seed, job.plan, graphs=graphs)
 
 
-def _read(files: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> NDArray[np.uint8] | None:
-    """The batch as it was saved; None unless every image is there.
+def _read(files: Mapping[Path, Mapping[str, Any]]) -> NDArray[np.uint8] | None:
+    """The batch as it was saved, from file to settings; None unless every image is there.
 
     Raises:
         GtrError: an image of another plan, seed or bundle lies there.
@@ -289,13 +273,12 @@ def _read(files: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> NDArr
     if not all(file.is_file() for file in files):
         return None
     pictures = []
-    for file, wanted in zip(files, settings, strict=True):
+    for file, wanted in files.items():
         found = read_settings(file)
         for key, value in wanted.items():
             if found.get(key) != value:
-                raise GtrError(
-                    f"{file} was made with another {key}; give --save-images another folder, or empty that one"
-                )
+                again = "give --save-images another folder, or empty that one"
+                raise GtrError(f"{file} was made with another {key}; {again}")
         with Image.open(file) as picture:
             pictures.append(np.asarray(picture.convert("RGB")))
     return np.stack(pictures)
@@ -306,7 +289,7 @@ def _print(results: Sequence[Evaluated], differences: Sequence[Mapping[str, Esti
     headings = ["plan", *(HEADINGS[name] for name in shown)]
     rows = [
         [
-            result.name,
+            result.plan.settings.name,
             *(_cell(name, result.figures.get(name)) for name in shown),
             "" if result.seconds is None else f"{result.seconds:.3f}",
             f"{result.plan.flops / 1e9:.2f}",
@@ -316,11 +299,11 @@ def _print(results: Sequence[Evaluated], differences: Sequence[Mapping[str, Esti
     print_table([*headings, "s per image", "GFLOP"], rows, title=title)
     if any(differences):
         rows = [
-            [result.name, *(_cell(name, own.get(name), "+") for name in shown)]
+            [result.plan.settings.name, *(_cell(name, own.get(name), "+") for name in shown)]
             for result, own in zip(results, differences, strict=True)
             if own
         ]
-        print_table(headings, rows, title=f"difference from {results[0].name}, image by image")
+        print_table(headings, rows, title=f"difference from {results[0].plan.settings.name}, image by image")
 
 
 def _cell(name: str, estimate: Estimate | None, sign: str = "") -> str:

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from .backend_options import backend_options, load_pipeline
 from .console import Reporter, print_json
 from .plan_options import chosen_plan, plan_options
-from .request_options import RequestOptions, request_options
+from .request_options import RequestOptions, image_settings, request_options
 
 if TYPE_CHECKING:
     from ..backends.row import BackendOptions
@@ -47,11 +47,8 @@ def generate(
     as_json: bool,
 ) -> None:
     """Generate images and write them as PNGs that carry their own settings."""
-    for path, suffix, option in (
-        (grid, ".png", "--grid"),
-        (trace, ".gif", "--trace"),
-        (save_latents, ".npz", "--save-latents"),
-    ):
+    kinds = (grid, ".png", "--grid"), (trace, ".gif", "--trace"), (save_latents, ".npz", "--save-latents")
+    for path, suffix, option in kinds:
         if path is not None and path.suffix.lower() != suffix:
             raise UsageError(f"{option} {path} does not end in {suffix}")
     import numpy as np
@@ -63,8 +60,7 @@ def generate(
     from ..pictures.trace import TraceRecorder
 
     opened = Bundle.load(bundle)
-    architecture = opened.architecture
-    conditioner = opened.conditioner
+    architecture, conditioner = opened.architecture, opened.conditioner
     wanted = requests.parsed(conditioner)
     asked = [request for request in wanted for _ in range(requests.images)]
     seeds = [seed + index for index in range(len(asked))]
@@ -80,13 +76,12 @@ def generate(
     with reporter.bar(f"generate {len(asked)} images, plan {plan}", batches * len(resolved.steps), "AR steps") as bar:
 
         def observer(first: int):
-            record = recorder if first == 0 else None
-            if pipeline.backend.whole_generations and record is None:
+            if pipeline.backend.whole_generations and (recorder is None or first):
                 return None  # watching would cost time
 
             def seen(result: StepResult) -> None:
-                if record is not None:
-                    record(result)
+                if recorder is not None and not first:
+                    recorder(result)
                 bar.advance()
 
             return seen
@@ -94,24 +89,14 @@ def generate(
         def finished(images: int) -> None:
             bar.to(-(-images // size) * len(resolved.steps))
 
-        result = pipeline.generate(
-            asked, seeds=seeds, plan=resolved, batch_size=size, observer=observer, finished=finished
-        )
+        result = pipeline.generate(asked, seeds, resolved, size, observer=observer, finished=finished)
     seconds = time.perf_counter() - start
 
     names = [conditioner.caption(request) for request in asked]
     records: list[dict[str, Any]] = []
     for request, image_seed, image in zip(asked, seeds, result.images, strict=True):
         file = out / f"{conditioner.stem(request)}-seed{image_seed}.png"
-        settings = {
-            "model": architecture.name,
-            "precision": opened.precision,
-            "backend": pipeline.backend.name,
-            **conditioner.record(request),
-            "seed": image_seed,
-            "plan": resolved.settings.to_json(),
-        }
-        save_png(file, image, settings)
+        save_png(file, image, image_settings(opened, pipeline.backend.name, request, image_seed, resolved))
         records.append({"file": str(file), **conditioner.record(request), "seed": image_seed})
     if grid is not None:
         captions = [f"{name} · seed {image_seed}" for name, image_seed in zip(names, seeds, strict=True)]
@@ -126,6 +111,7 @@ def generate(
         with atomic_path(save_latents) as temporary:
             arrays = {"latents": result.latents, "seeds": np.array(seeds, np.uint64), **conditioner.stored(asked)}
             np.savez(temporary, allow_pickle=False, **arrays)
+    others = {"grid": grid, "trace": trace, "latents": save_latents}
     if as_json:
         print_json(
             {
@@ -136,13 +122,11 @@ def generate(
                 "plan": resolved.settings.to_json(),
                 "seconds": seconds,
                 "images": records,
-                "grid": str(grid) if grid else None,
-                "trace": str(trace) if trace else None,
-                "latents": str(save_latents) if save_latents else None,
+                **{name: str(path) if path else None for name, path in others.items()},
             }
         )
         return
     click.echo(f"{len(asked)} images in {seconds:.1f} s ({seconds / len(asked):.2f} s each) -> {out}")
-    for name, path in (("grid", grid), ("trace", trace), ("latents", save_latents)):
+    for name, path in others.items():
         if path is not None:
             click.echo(f"{name}: {path}")

@@ -10,9 +10,12 @@ import click
 
 from ..models.architecture import Architecture
 from ..models.families import family_of, known_models
-from ..sampling.plan import preset, resolve
+from ..sampling.plan import ARStep, preset, resolve
 from .console import print_json, print_table
 from .plan_options import chosen_plan, plan_options
+
+#: Of every step, in the JSON.
+_TOLD = ("known", "predicted", "context", "diffusion_steps", "refined", "refined_diffusion_steps", "guidance", "flops")
 
 
 @click.command("plan")
@@ -35,14 +38,7 @@ def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: boo
                     {
                         "ar_step": step.index + 1,
                         "stage": step.stage + 1,
-                        "known": step.known,
-                        "predicted": step.predicted,
-                        "context": step.context,
-                        "diffusion_steps": step.diffusion_steps,
-                        "refined": step.refined,
-                        "refined_diffusion_steps": step.refined_diffusion_steps,
-                        "guidance": step.guidance,
-                        "flops": step.flops,
+                        **{name: getattr(step, name) for name in _TOLD},
                         "share": step.flops / resolved.flops,
                     }
                     for step in resolved.steps
@@ -55,12 +51,8 @@ def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: boo
         return
     rows = [
         [
-            str(step.index + 1),
-            str(step.stage + 1),
-            str(step.known),
-            str(step.predicted),
-            str(step.context),
-            _diffusion_cell(step.diffusion_steps, step.refined, step.refined_diffusion_steps),
+            *map(str, (step.index + 1, step.stage + 1, step.known, step.predicted, step.context)),
+            _diffusion_cell(step),
             f"{step.guidance:.2f}",
             f"{step.backbone_flops / resolved.flops:.1%}",
             f"{step.head_flops / resolved.flops:.1%}",
@@ -75,8 +67,9 @@ def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: boo
     )
 
 
-def _diffusion_cell(plain: int, refined: int, refined_steps: int) -> str:
-    return f"{plain} ({refined} tokens: {refined_steps})" if refined else str(plain)
+def _diffusion_cell(step: ARStep) -> str:
+    refined = f" ({step.refined} tokens: {step.refined_diffusion_steps})" if step.refined else ""
+    return f"{step.diffusion_steps}{refined}"
 
 
 def _flops(value: int) -> str:

@@ -1,4 +1,5 @@
-"""The command-line options that say what the images shall be: one per family that can be asked for something."""
+"""The command-line options that say what the images shall be, one per family that can be asked for something; and
+what a picture says of how it was made."""
 
 from __future__ import annotations
 
@@ -8,20 +9,17 @@ from typing import Any
 
 import click
 
+from ..bundle.reader import Bundle
 from ..errors import UsageError
 from ..models.conditioning import Conditioner, Request
 from ..models.families import FAMILIES
+from ..sampling.plan import SamplingPlan
 from .option_groups import given, with_options
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What was typed.
-
-    Attributes:
-        texts: option to its value.
-        images: images of each request.
-    """
+    """What was typed: option to its value, and the images of each request."""
 
     texts: Mapping[str, str]
     images: int
@@ -45,25 +43,29 @@ class RequestOptions:
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds every family's option, and ``--images-per-class``; the command gets ``requests``."""
-    known = {family.conditioner.option for family in FAMILIES.values()} - {None}
-    options = {
-        f"request_{row.option.removeprefix('--')}": click.option(
-            row.option, f"request_{row.option.removeprefix('--')}", help=row.help
-        )
-        for row in sorted(row for row in known if row)
-    }
-    several = click.option(
-        "--images-per-class",
-        "--images",
-        "images",
-        type=click.IntRange(1, 100_000),
-        default=1,
-        show_default=True,
-        help="Of each request.",
-    )
+    rows = sorted({row for family in FAMILIES.values() if (row := family.conditioner.option)})
+    names = [f"request_{row.option.removeprefix('--')}" for row in rows]
+    options = {name: click.option(row.option, name, help=row.help) for name, row in zip(names, rows, strict=True)}
+    names, count = ("--images-per-class", "--images", "images"), click.IntRange(1, 100_000)
+    several = click.option(*names, type=count, default=1, show_default=True, help="Of each request.")
 
     def gather(values: dict[str, Any]) -> dict[str, Any]:
         texts = {f"--{name}": text for name, text in given(values, "request_").items() if name != "images"}
         return {"requests": RequestOptions(texts, values["images"])}
 
     return with_options(command, {**options, "images": several}, gather)
+
+
+def image_settings(
+    bundle: Bundle, backend: str, request: Request, seed: int, plan: SamplingPlan, **more: str
+) -> dict[str, Any]:
+    """What a picture's PNG says of how it was made; ``more`` is said of the bundle."""
+    return {
+        "model": bundle.architecture.name,
+        "precision": bundle.precision,
+        **more,
+        "backend": backend,
+        **bundle.conditioner.record(request),
+        "seed": seed,
+        "plan": plan.settings.to_json(),
+    }

@@ -26,8 +26,7 @@ class Measurement:
 
     Attributes:
         seconds: per repetition, whole batch, decoder included, warm-up left out.
-        shares: share of the total time per part, in one generation more; ``host`` is everything outside engine calls.
-            A backend that runs whole generations on a device makes that one without CUDA graphs.
+        shares: see :func:`part_shares`; of one generation more.
         peak_memory: highest resident memory of the process so far, bytes.
     """
 
@@ -50,15 +49,9 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         """All fields and the derived figures."""
-        p5, p95 = np.percentile(self.seconds, [5, 95])
-        return {
-            **asdict(self),
-            "seconds": list(self.seconds),
-            "median": self.median,
-            "p5": float(p5),
-            "p95": float(p95),
-            "images_per_second": self.images_per_second,
-        }
+        p5, p95 = map(float, np.percentile(self.seconds, [5, 95]))
+        figures = {"median": self.median, "p5": p5, "p95": p95, "images_per_second": self.images_per_second}
+        return {**asdict(self), "seconds": list(self.seconds), **figures}
 
 
 def measure(pipeline: Pipeline, plan: SamplingPlan, batch_size: int, repeat: int) -> Measurement:
@@ -85,7 +78,9 @@ def measure(pipeline: Pipeline, plan: SamplingPlan, batch_size: int, repeat: int
 
 
 def part_shares(pipeline: Pipeline, generation: Callable[[], float]) -> dict[str, float]:
-    """Share of one generation's time per part of :data:`PARTS`.
+    """Share of a generation's time per part of :data:`PARTS`; ``host`` is everything outside engine calls.
+
+    A backend that runs whole generations on a device makes this one without CUDA graphs.
 
     Args:
         generation: makes it; returns its seconds.

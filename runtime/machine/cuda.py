@@ -24,12 +24,7 @@ SMALLEST_ALLOCATION = 256
 
 
 class CudaError(BackendError):
-    """A CUDA call failed.
-
-    Attributes:
-        code: CUDA's name of the error, such as ``cudaErrorMemoryAllocation``.
-        text: what is wrong, without what was tried.
-    """
+    """A CUDA call failed: CUDA's name of the error, and what is wrong, without what was tried."""
 
     def __init__(self, attempt: str, code: str, text: str) -> None:
         super().__init__(f"{attempt}: {code}: {text}")
@@ -37,35 +32,31 @@ class CudaError(BackendError):
 
 
 @dataclass(frozen=True)
-class Device:
-    """A GPU, and the CUDA that serves it.
+class Gpu:
+    """A GPU.
 
     Attributes:
         compute_capability: such as ``9.0``.
-        memory: bytes in total.
-        driver: newest CUDA version that the driver supports, such as ``13.0``.
-        runtime: CUDA version that cuda-bindings brings.
+        memory: bytes.
+        driver: the newest CUDA version the driver runs; the driver's own version where only nvidia-smi could be asked.
     """
 
-    index: int
     name: str
     compute_capability: str
     memory: int
     driver: str
-    runtime: str
 
 
 @dataclass(frozen=True, eq=False)
 class PinnedBuffer:
-    """Page-locked host memory. ``array`` [size] is a view of it, and dangles once the buffer is freed."""
+    """Page-locked host memory. ``array`` [bytes] is a view of it, and dangles once the buffer is freed."""
 
-    size: int
     address: int
     array: NDArray[np.uint8] = field(repr=False)
 
 
-def list_devices() -> list[Device]:
-    """The GPUs that CUDA sees, at least one.
+def list_devices() -> list[Gpu]:
+    """The GPUs that CUDA sees, at least one, in the order of their indices.
 
     Raises:
         BackendError: cuda-bindings is missing.
@@ -125,7 +116,7 @@ class Cuda:
         attempt = f"allocating {size} bytes of page-locked memory"
         address = int(self._check(attempt, self._runtime.cudaMallocHost(max(size, SMALLEST_ALLOCATION))))
         array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-        return PinnedBuffer(size, address, array)
+        return PinnedBuffer(address, array)
 
     def free_pinned(self, buffer: PinnedBuffer) -> None:
         """Gives page-locked memory back; no view of ``buffer.array`` may be used after this."""
@@ -139,10 +130,6 @@ class Cuda:
         """Queues a copy of ``size`` bytes to a host address, which holds them once the stream is synchronised."""
         self._copy("from the GPU", "cudaMemcpyDeviceToHost", destination, source, size, stream)
 
-    def copy(self, destination: int, source: int, size: int, stream: int) -> None:
-        """Queues a copy of ``size`` bytes within the GPU; the two ranges may not overlap."""
-        self._copy("within the GPU", "cudaMemcpyDeviceToDevice", destination, source, size, stream)
-
     def _copy(self, where: str, kind: str, destination: int, source: int, size: int, stream: int) -> None:
         if size:
             direction = getattr(self._runtime.cudaMemcpyKind, kind)
@@ -150,21 +137,13 @@ class Cuda:
             self._check(f"copying {size} bytes {where}", result)
 
     def copy_rows(
-        self,
-        destination: int,
-        destination_pitch: int,
-        source: int,
-        source_pitch: int,
-        width: int,
-        rows: int,
-        stream: int,
+        self, destination: int, pitch: int, source: int, source_pitch: int, width: int, rows: int, stream: int
     ) -> None:
-        """Queues a copy of ``rows`` rows of ``width`` bytes within the GPU; pitches are bytes from row to row."""
+        """Queues a copy of rows of ``width`` bytes within the GPU, not overlapping; pitches: bytes from row to row."""
         if width and rows:
-            direction = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-            result = self._runtime.cudaMemcpy2DAsync(
-                destination, destination_pitch, source, source_pitch, width, rows, direction, stream
-            )
+            within = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            places = destination, pitch, source, source_pitch
+            result = self._runtime.cudaMemcpy2DAsync(*places, width, rows, within, stream)
             self._check(f"copying {rows} rows of {width} bytes within the GPU", result)
 
     def create_stream(self) -> int:
@@ -198,10 +177,7 @@ class Cuda:
         self._release("cudaEventDestroy", event)
 
     def begin_capture(self, stream: int) -> None:
-        """From here to ``end_capture``, work on the stream is recorded instead of run.
-
-        This thread may neither allocate, free nor synchronise meanwhile; other threads may.
-        """
+        """Work on the stream is now recorded, not run; this thread may not allocate, free or synchronise meanwhile."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._check("beginning a CUDA graph", self._runtime.cudaStreamBeginCapture(stream, mode))
 
@@ -233,7 +209,7 @@ def _load() -> ModuleType:
         raise BackendError(f"cuda-bindings is not installed; {INSTALL}") from None
 
 
-def _devices(runtime: ModuleType) -> list[Device]:
+def _devices(runtime: ModuleType) -> list[Gpu]:
     looking = "looking for a GPU"
     try:
         driver = _check(runtime, looking, runtime.cudaDriverGetVersion())
@@ -243,25 +219,20 @@ def _devices(runtime: ModuleType) -> list[Device]:
         # cuda-bindings 12.8 raises where libcuda.so is missing; from 12.9 on the driver has version 0 then.
         driver, version, counted = 0, 0, (None, 0)
     code = _code(counted)
+    old = "cudaErrorInsufficientDriver"
     if driver == 0:
-        text = "no NVIDIA driver is installed; install one, then check it with nvidia-smi"
-        raise CudaError(looking, "cudaErrorInsufficientDriver", text)
-    if code == "cudaErrorInsufficientDriver":
-        has, needs = driver // 1000, version // 1000
-        text = (
-            f"the driver supports CUDA {_version(driver)}, cuda-bindings needs CUDA {needs}.0; "
-            f"update the driver, or pip install 'cuda-bindings=={has}.*'"
-        )
-        raise CudaError(looking, code, text)
+        raise CudaError(looking, old, "no NVIDIA driver is installed; install one, then check it with nvidia-smi")
+    if code == old:
+        text = f"the driver supports CUDA {_version(driver)}, cuda-bindings needs CUDA {version // 1000}.0; "
+        raise CudaError(looking, code, f"{text}update the driver, or pip install 'cuda-bindings=={driver // 1000}.*'")
     if code == "cudaErrorNoDevice" or counted[1] == 0:
         text = f"driver {_version(driver)} sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
         raise CudaError(looking, "cudaErrorNoDevice", text)
-    found: list[Device] = []
+    found: list[Gpu] = []
     for index in range(_check(runtime, looking, counted)):
         about = _check(runtime, f"asking about GPU {index}", runtime.cudaGetDeviceProperties(index))
         name = about.name.decode(errors="replace").rstrip("\0")
-        capability = f"{about.major}.{about.minor}"
-        found.append(Device(index, name, capability, about.totalGlobalMem, _version(driver), _version(version)))
+        found.append(Gpu(name, f"{about.major}.{about.minor}", about.totalGlobalMem, _version(driver)))
     return found
 
 

@@ -10,11 +10,15 @@ import platform
 import shutil
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
+
+from . import cuda
+from .cuda import Gpu
+from .openvino import cpu_capabilities, import_openvino
 
 #: library -> the line that installs it
 INSTALL: Mapping[str, str] = {
@@ -28,52 +32,22 @@ INSTALL: Mapping[str, str] = {
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 """What decides how fast a CPU is at 8-bit and bfloat16 products."""
 
-#: library -> module and every distribution name it comes under. TensorRT's own name is a stub on PyPI that pulls in
-#: the others, and its parts can also be installed alone.
+
+def _parts(name: str) -> tuple[str, ...]:
+    """TensorRT's own name is a stub on PyPI that pulls these in; they can also be installed alone."""
+    return tuple(f"{name}-{cuda}{part}" for part in ("", "-bindings") for cuda in ("cu13", "cu12"))
+
+
+#: library -> module and every distribution name it comes under
 _LIBRARIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "onnxruntime": ("onnxruntime", ("onnxruntime", "onnxruntime-gpu")),
     "openvino": ("openvino", ("openvino",)),
-    "tensorrt": (
-        "tensorrt",
-        (
-            "tensorrt",
-            "tensorrt-cu13",
-            "tensorrt-cu12",
-            "tensorrt-cu13-bindings",
-            "tensorrt-cu12-bindings",
-            "tensorrt-bindings",
-        ),
-    ),
-    "tensorrt-rtx": (
-        "tensorrt_rtx",
-        (
-            "tensorrt-rtx",
-            "tensorrt-rtx-cu13",
-            "tensorrt-rtx-cu12",
-            "tensorrt-rtx-cu13-bindings",
-            "tensorrt-rtx-cu12-bindings",
-        ),
-    ),
+    "tensorrt": ("tensorrt", ("tensorrt", *_parts("tensorrt"), "tensorrt-bindings")),
+    "tensorrt-rtx": ("tensorrt_rtx", ("tensorrt-rtx", *_parts("tensorrt-rtx"))),
     "cuda-bindings": ("cuda.bindings.runtime", ("cuda-bindings",)),
     "polygraphy": ("polygraphy", ("polygraphy",)),
     "numpy": ("numpy", ("numpy",)),
 }
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The first GPU.
-
-    Attributes:
-        compute_capability: such as ``9.0``.
-        memory: bytes.
-        driver: the newest CUDA version the driver runs; the driver's own version where only nvidia-smi could be asked.
-    """
-
-    name: str
-    compute_capability: str
-    memory: int
-    driver: str
 
 
 @dataclass(frozen=True)
@@ -82,6 +56,7 @@ class Machine:
 
     Attributes:
         system: such as ``linux-x86_64``.
+        gpu: the first one.
         gpu_problem: why there is no GPU, one line; empty if there is one.
         versions: library to version; None where it cannot be used.
         onnxruntime_providers: execution providers that onnxruntime was built with.
@@ -113,14 +88,14 @@ def examine_machine() -> Machine:
         if problem:
             problems[library] = problem
     gpu, gpu_problem = _find_gpu(versions["cuda-bindings"] is not None)
-    providers = _onnxruntime_providers() if versions["onnxruntime"] else ()
+    providers = _told(lambda: _import_quietly("onnxruntime").get_available_providers())
+    capabilities = _told(lambda: cpu_capabilities(_import_quietly("openvino")))
     system = f"{platform.system().lower()}-{platform.machine()}"
-    capabilities = _openvino_capabilities() if versions["openvino"] else ()
-    return Machine(system, gpu, gpu_problem, versions, providers, problems, capabilities, cpu_features())
+    return Machine(system, gpu, gpu_problem, versions, providers, problems, capabilities, _cpu_features())
 
 
-def cpu_features() -> tuple[str, ...]:
-    """Those of :data:`CPU_FEATURES` that this CPU has; Linux alone tells."""
+def _cpu_features() -> tuple[str, ...]:
+    """Linux alone tells."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -156,11 +131,7 @@ def _examine_library(library: str) -> tuple[str | None, str]:
 def _import_quietly(name: str) -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if name == "openvino":
-            from .openvino import import_openvino
-
-            return import_openvino()
-        return importlib.import_module(name)
+        return import_openvino() if name == "openvino" else importlib.import_module(name)
 
 
 def _distribution_version(name: str) -> str | None:
@@ -170,38 +141,24 @@ def _distribution_version(name: str) -> str | None:
         return None
 
 
-def _onnxruntime_providers() -> tuple[str, ...]:
+def _told(ask: Callable[[], Iterable[str]]) -> tuple[str, ...]:
     try:
-        return tuple(_import_quietly("onnxruntime").get_available_providers())
-    except Exception:  # onnxruntime's own exceptions share no base class
-        return ()
-
-
-def _openvino_capabilities() -> tuple[str, ...]:
-    from .openvino import cpu_capabilities
-
-    try:
-        return cpu_capabilities(_import_quietly("openvino"))
-    except Exception:  # such as a processor that OpenVINO does not know
+        return tuple(ask())
+    except Exception:  # not there, or such as a processor that OpenVINO does not know
         return ()
 
 
 def _find_gpu(has_cuda_bindings: bool) -> tuple[Gpu | None, str]:
     """The first GPU, or None and why."""
-    from .cuda import list_devices
-
     try:
-        devices = list_devices()
+        devices = cuda.list_devices()
     except Exception as error:  # mostly a BackendError; but a look must not fail, however strange the driver
         if has_cuda_bindings:
             # The driver itself has spoken; nvidia-smi would name a GPU that CUDA cannot use.
             return None, getattr(error, "text", _first_line(error))
         gpu = _ask_nvidia_smi()
         return gpu, "" if gpu else f"nvidia-smi finds no GPU; {_first_line(error)}"
-    if not devices:
-        return None, "the driver shows no GPU"
-    first = devices[0]
-    return Gpu(first.name, first.compute_capability, first.memory, first.driver), ""
+    return (devices[0], "") if devices else (None, "the driver shows no GPU")
 
 
 def _ask_nvidia_smi() -> Gpu | None:

@@ -1,8 +1,7 @@
 """What a model is made of: sizes, nothing else.
 
-Everything here is arithmetic on a handful of integers, so that plans, FLOP counts and manifests need neither weights
-nor an engine. What only one family has is a field of its own subclass (mar.py). Does not know where weights come from
-(export/zoo.py) or how a graph is written (export/graphs).
+Plans, FLOP counts and manifests need neither weights nor an engine. What only one family has is a field of its own
+subclass (mar.py). Does not know where weights come from (export/zoo.py) or how a graph is written (export/graphs).
 """
 
 from __future__ import annotations

@@ -21,10 +21,8 @@ from ..errors import UsageError
 from .conditioning import Arrays, Conditioner, RequestOption
 from .graphs import TensorSpec
 
-DIGITS = tuple(
-    f"{digit}, {name}"
-    for digit, name in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
-)
+_NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = tuple(f"{digit}, {name}" for digit, name in enumerate(_NUMERALS))
 """The classes of mar-digits."""
 
 _SEPARATORS = re.compile(r"[,;]")
@@ -43,11 +41,7 @@ def imagenet() -> tuple[str, ...]:
 
 
 class ClassConditioner(Conditioner, frozen=True, forbid_unknown_fields=True):
-    """Requests are class labels 0..classes-1.
-
-    Attributes:
-        class_names: one line per class.
-    """
+    """Requests are class labels 0..classes-1; ``class_names`` has one line per class."""
 
     class_names: Annotated[
         tuple[Annotated[str, Meta(min_length=1, max_length=400)], ...], Meta(min_length=1, max_length=1 << 16)
@@ -71,8 +65,7 @@ class ClassConditioner(Conditioner, frozen=True, forbid_unknown_fields=True):
     def checked(self, request: Any) -> int:
         if isinstance(request, bool) or not isinstance(request, int | np.integer):
             raise UsageError(f"class {request!r} is not a whole number")
-        if not 0 <= request < self.classes:
-            raise UsageError(f"class {request} is not in 0..{self.classes - 1}")
+        class_name(int(request), self.class_names)  # or there is none
         return int(request)
 
     def caption(self, request: int) -> str:
@@ -124,17 +117,10 @@ def class_name(label: int, names: tuple[str, ...]) -> str:
 
 
 def parse_classes(text: str, names: tuple[str, ...]) -> list[int]:
-    """Class indices from what a person typed: ``"207, goldfish; 0-9"``.
+    """Class indices, at least one, from what a person typed: ``"207, goldfish; 0-9"``.
 
     Items are separated by commas or semicolons. An item is an index, a range with both ends included, or any one name
     of a class, in any case. Order and repeats stay as they are.
-
-    Args:
-        text: the items.
-        names: one line per class.
-
-    Returns:
-        At least one index.
 
     Raises:
         UsageError: an item is empty, out of range, unknown, or the name of several classes.
@@ -164,7 +150,8 @@ def _labels_of(item: str, names: tuple[str, ...]) -> list[int]:
         raise UsageError(_unknown(item, names))
     first, *others = found
     if others:
-        meanings = _either([f"{label} ({_meaning(label, names)})" for label in found])
+        # Two names tell a class from another of the same first name.
+        meanings = _either([f"{label} ({', '.join(names[label].split(', ')[:2])})" for label in found])
         raise UsageError(f'"{item}" is the name of several classes: {meanings}; give the index')
     return [first]
 
@@ -189,16 +176,10 @@ def _unknown(item: str, names: tuple[str, ...]) -> str:
     suggestions: dict[tuple[int, ...], str] = {}
     for name in nearest:
         suggestions.setdefault(index[name], f'"{name}" ({", ".join(map(str, index[name]))})')
+    hint = f'give an index in 0..{len(names) - 1} or a name such as "{class_name(0, names)}"'
     if suggestions:
         hint = f"did you mean {_either(list(suggestions.values())[:_SUGGESTIONS])}?"
-    else:
-        hint = f'give an index in 0..{len(names) - 1} or a name such as "{class_name(0, names)}"'
     return f'no class is called "{_shown(item)}"; {hint}'
-
-
-def _meaning(label: int, names: tuple[str, ...]) -> str:
-    """Enough names to tell a class from another of the same first name."""
-    return ", ".join(names[label].split(", ")[:2])
 
 
 def _either(choices: list[str]) -> str:

@@ -1,8 +1,8 @@
 """What one image is asked to be: requests, and the conditioner that knows what they mean.
 
-A request is a class, a prompt, or nothing; only its family's conditioner looks inside. Pipeline, sampler and backends
-pass requests and the named arrays made of them on. Everything that a bundle must know about requests, class names for
-example, are the conditioner's fields, and so the manifest's ``conditioning`` section.
+A request is a class, a prompt, or nothing; only its family's conditioner looks inside, all others pass requests and the
+named arrays made of them on. What a bundle must know about requests, class names for example, are the conditioner's
+fields, and so the manifest's ``conditioning`` section.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class Conditioner(Struct, frozen=True, forbid_unknown_fields=True):
 
     @abstractmethod
     def check_architecture(self, architecture: Any) -> None:
-        """Raises:
-        ValueError: these requests are not of this model.
-        """
+        """ValueError unless these requests are of this model."""
 
     @abstractmethod
     def parse(self, text: str) -> list[Request]:

@@ -13,13 +13,7 @@ from .graphs import GraphSpec
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model that goes by a name.
-
-    Attributes:
-        architecture: its sizes.
-        conditioner: what it can be asked for.
-        plan_defaults: settings that plans on it start from, keys of ``sampling.plan.MODEL_DEFAULTS``.
-    """
+    """A model that goes by a name; ``plan_defaults`` has keys of ``sampling.plan.MODEL_DEFAULTS``."""
 
     architecture: Architecture
     conditioner: Conditioner

@@ -200,6 +200,7 @@ def _row_graphs(architecture: Architecture, max_batch: int) -> tuple[GraphSpec, 
     exact = {"tolerances": dict.fromkeys(PRECISIONS, 0.0), "against_fp32": dict.fromkeys(PRECISIONS, 0.0)}
     some = max(1, last // 10)
     rows, longer = max_batch * last, max_batch * some
+    x, x_rows = _real("x", "N", channels), _real("x_rows", "M", channels)
     select = GraphSpec(
         "select_rows",
         (
@@ -217,17 +218,8 @@ def _row_graphs(architecture: Architecture, max_batch: int) -> tuple[GraphSpec, 
     )
     gather = GraphSpec(
         "gather_rows",
-        (
-            _real("z", "G", "N", width),
-            _real("x", "N", channels),
-            _real("noise", "S", "N", channels),
-            _index("rows", "M"),
-        ),
-        (
-            _real("z_rows", "G", "M", width),
-            _real("x_rows", "M", channels),
-            _real("noise_rows", "S", "M", channels),
-        ),
+        (_real("z", "G", "N", width), x, _real("noise", "S", "N", channels), _index("rows", "M")),
+        (_real("z_rows", "G", "M", width), x_rows, _real("noise_rows", "S", "M", channels)),
         **exact,
         smallest={"G": 1, "N": 1, "S": 1, "M": 1},
         usual={"G": 2, "N": last, "S": 30, "M": some},
@@ -236,8 +228,8 @@ def _row_graphs(architecture: Architecture, max_batch: int) -> tuple[GraphSpec, 
     merge = GraphSpec(
         "merge_rows",
         (
-            _real("x", "N", channels),
-            _real("x_rows", "M", channels),
+            x,
+            x_rows,
             _index("rows", "M"),
             _index("row_index", "N"),
             _index("slot_index", "M"),

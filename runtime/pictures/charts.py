@@ -51,7 +51,6 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Figur
 
     Args:
         width, height: inches; text is 10 points high, so 9 inches fill a page.
-        title: above everything, to the left.
         note: smaller, under the title: what the marks mean.
 
     Raises:
@@ -62,8 +61,7 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Figur
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise GtrError(f"charts need matplotlib, which is not installed; {INSTALL}") from None
-    below = 1 - (0.62 if note else 0.36) / height
-    layout = ConstrainedLayoutEngine(rect=(0, 0, 0.99, below))
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 0.99, 1 - (0.62 if note else 0.36) / height))
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     figure.text(0.1 / width, 1 - 0.08 / height, title, va="top", size=12.5, color=DARK, weight="bold")
     figure.text(0.1 / width, 1 - 0.34 / height, note, va="top", size=10, color=DARK)

@@ -1,6 +1,6 @@
 """Drawing primitives for contact sheets and traces: a grid of cells, lines of text, whole-factor enlargement.
 
-Knows pixels and fonts only. What the cells mean is known to images.py.
+Knows pixels and fonts, not what the cells mean.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
 
 Pixels = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -30,8 +31,6 @@ class Grid:
     """Cells with captions under them; sizes in pixels.
 
     Attributes:
-        columns: cells of a row.
-        rows: rows.
         cell: (width, height) of an enlarged image.
         font_size: of the captions, from the width of a cell.
         caption_height: 0 without captions.
@@ -77,14 +76,12 @@ class Grid:
                 write_line(canvas, (left, top + self.cell[1] + 3), captions[index], font, self.cell[0])
 
 
-def write_line(
-    canvas: Image.Image, corner: tuple[int, int], text: str, font: ImageFont.FreeTypeFont, width: int
-) -> None:
+def write_line(canvas: Image.Image, corner: tuple[int, int], text: str, font: FreeTypeFont, width: int) -> None:
     """Draws one line of text, cut to ``width`` pixels."""
     ImageDraw.Draw(canvas).text(corner, fitted(text, font, width), fill=TEXT, font=font)
 
 
-def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def fitted(text: str, font: FreeTypeFont, width: int) -> str:
     """One line, shortened with an ellipsis where it is wider than ``width`` pixels."""
     text = one_line(text)
     if font.getlength(text) <= width:
@@ -99,11 +96,11 @@ def one_line(text: str) -> str:
     return " ".join(text[:_LONGEST_TEXT].split()).replace(" · ", "  ·  ")
 
 
-def load_font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> FreeTypeFont:
     """Pillow's own scalable font, so that pictures look the same on every machine."""
     font = ImageFont.load_default(size)
     # Pillow raises ImportError itself where it was built without FreeType; this is for the type checker.
-    assert isinstance(font, ImageFont.FreeTypeFont)
+    assert isinstance(font, FreeTypeFont)
     return font
 
 
@@ -119,10 +116,8 @@ def faded(colour: Colour) -> Colour:
 
 
 def shared_palette(image: Image.Image, exact: Sequence[Colour]) -> Image.Image:
-    """A palette for all frames of an animation: the colours of marks, also faded, and the most useful ones of an image.
-
-    One of the 256 entries stays free: the GIF writer marks with it what does not change from frame to frame.
-    """
+    """A palette for all frames of an animation: the colours of marks, also faded, and an image's most useful ones."""
+    # One of the 256 entries stays free: the GIF writer marks with it what does not change from frame to frame.
     fixed = [BACKGROUND, TEXT, *exact, *map(faded, exact)]
     adaptive = image.quantize(255 - len(fixed), dither=Image.Dither.NONE).getpalette() or []
     palette = Image.new("P", (1, 1))
@@ -136,16 +131,12 @@ def indexed_by(palette: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def check_pixels(images: Pixels) -> None:
-    """Raises:
-    ValueError: not uint8 [N, H, W, 3].
-    """
+    """ValueError unless they are uint8 [N, H, W, 3]."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise ValueError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
 
 
 def check_captions(captions: Sequence[str], count: int) -> None:
-    """Raises:
-    ValueError: there is not one caption for each image.
-    """
+    """ValueError unless there is one for each image."""
     if len(captions) != count:
         raise ValueError(f"{len(captions)} captions for {count} images")

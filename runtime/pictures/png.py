@@ -20,12 +20,8 @@ SETTINGS_KEY = "gtr-deploy"
 
 
 def save_png(path: Path, image: Pixels, settings: Mapping[str, Any]) -> None:
-    """Writes a PNG whose text chunk :data:`SETTINGS_KEY` says how it was made; the old file stays if that fails.
-
-    Args:
-        path: the file to write or replace.
-        image: uint8 [H, W, 3].
-        settings: anything JSON can hold, also NumPy numbers and arrays, and paths.
+    """Writes an image uint8 [H, W, 3] as a PNG whose text chunk :data:`SETTINGS_KEY` says how it was made; what JSON
+    can hold, also NumPy numbers and arrays, and paths. The old file stays if that fails.
 
     Raises:
         GtrError: the file cannot be written.
@@ -79,11 +75,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_picture(path: Path, save: Callable[[Path], None]) -> None:
-    """Writes a file beside ``path`` and renames it.
-
-    Raises:
-        GtrError: the file cannot be written.
-    """
+    """Writes a file beside ``path`` and renames it; GtrError if it cannot be written."""
     try:
         with atomic_path(path) as temporary:
             save(temporary)

@@ -31,7 +31,6 @@ def contact_sheet(images: Pixels, captions: Sequence[str], columns: int, title: 
         images: uint8 [N, H, W, 3], N at least 1.
         captions: N lines, each cut to the width of its cell.
         columns: cells of a row; fewer where N is smaller.
-        title: a line above the grid.
 
     Raises:
         UsageError: ``columns`` is not positive.

@@ -1,8 +1,4 @@
-"""The animated trace of a generation.
-
-Knows pixels, captions and what an observer of the sampler sees. Does not know engines: the trace is handed a function
-that turns latents into pixels.
-"""
+"""The animated trace of a generation. Knows what an observer of the sampler sees; is handed what decodes latents."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ..models.architecture import Architecture
+from ..sampling.chains import Floats, Integers
 from ..sampling.job import StepResult
 from ..sampling.plan import ARStep, SamplingPlan
 from .drawing import (
@@ -38,9 +35,9 @@ from .drawing import (
 )
 from .png import write_picture
 
-Decode = Callable[[NDArray[np.float32]], Pixels]
+Marks = NDArray[np.bool_]
+Decode = Callable[[Floats], Pixels]
 """Latents float32 [n, L, C] to pixels uint8 [n, H, W, 3]."""
-
 
 #: Outlines of the tokens made in stage 1, 2, ...; with the accent of refined tokens they are the colours of Okabe and
 #: Ito, which people of any colour vision can tell apart. More stages start over.
@@ -62,34 +59,27 @@ class _Recorded:
     """One AR step of one batch: positions [B, P], refined [B, P], the tokens made [B, P, C]."""
 
     step: ARStep
-    predicted: NDArray[np.int64]
-    refined: NDArray[np.bool_]
-    tokens: NDArray[np.float32]
+    predicted: Integers
+    refined: Marks
+    tokens: Floats
 
 
 class TraceRecorder:
-    """An observer of :func:`sampler.sample` that keeps one batch's AR steps and draws them.
+    """An observer that keeps one batch's AR steps and draws them.
 
     A token never changes once it is made, so a step keeps copies of its own tokens only, and the whole recording is as
     large as the batch's latents.
     """
 
     def __init__(self, architecture: Architecture, plan: SamplingPlan) -> None:
-        self._architecture = architecture
-        self._plan = plan
+        self._architecture, self._plan = architecture, plan
         self._steps: list[_Recorded] = []
 
     def __call__(self, result: StepResult) -> None:
-        """Copies what the step made.
-
-        Raises:
-            ValueError: the step is not the plan's next one; every batch needs a recorder of its own.
-        """
-        index = len(self._steps)
+        """Copies what the step made; ValueError unless it is the plan's next one: one recorder per batch."""
+        index, number = len(self._steps), result.step.index + 1
         if index == len(self._plan.steps) or result.step != self._plan.steps[index]:
-            raise ValueError(
-                f"AR step {result.step.index + 1} does not follow {index} recorded: one recorder per batch"
-            )
+            raise ValueError(f"AR step {number} does not follow {index} recorded: one recorder per batch")
         tokens = np.take_along_axis(result.latents, result.predicted[:, :, None], axis=1)
         self._steps.append(_Recorded(result.step, result.predicted.copy(), result.refined.copy(), tokens))
 
@@ -97,7 +87,6 @@ class TraceRecorder:
         """One frame per AR step and a last one of the finished images without marks, all of one size.
 
         Args:
-            decode: called with at most ``limit`` images, once per AR step.
             captions: one line per image of the batch.
             limit: images drawn, the first of the batch.
 
@@ -123,13 +112,9 @@ class TraceRecorder:
         duration = max(120, min(400, 4000 // len(indexed))) // 10 * 10
         durations = [duration] * len(indexed) + [1500]
 
-        def write(file: Path) -> None:
-            rest = [*indexed[1:], indexed_by(palette, final)]
-            indexed[0].save(
-                file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=False
-            )
-
-        write_picture(path, write)
+        rest = [*indexed[1:], indexed_by(palette, final)]
+        moving = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0, "optimize": False}
+        write_picture(path, lambda file: indexed[0].save(file, format="GIF", **moving))
 
     def _frames(self, decode: Decode, captions: Sequence[str] | None, limit: int) -> Iterator[Image.Image]:
         """The finished frame first, because the palette comes from it, then the AR steps."""
@@ -142,17 +127,16 @@ class TraceRecorder:
         if captions is not None:
             check_captions(captions, batch)
             captions = captions[:limit]
-        shown = min(batch, limit)
-        architecture = self._architecture
+        shown, architecture = min(batch, limit), self._architecture
         latents = np.zeros((shown, architecture.tokens, architecture.token_channels), dtype=np.float32)
-        known = np.zeros((shown, architecture.tokens), dtype=bool)
         for recorded in self._steps:
             _put(latents, recorded.predicted[:shown], recorded.tokens[:shown])
         finished = self._decoded(decode, latents)
-        layout = _TraceLayout.of(architecture, self._plan, finished, captions or [])
+        layout = _Layout.of(architecture, self._plan, finished, captions or [])
         yield layout.frame(None, [enlarge(image, layout.factor) for image in finished], captions or [])
 
         latents[:] = 0
+        known = np.zeros(latents.shape[:2], dtype=bool)
         for recorded in self._steps:
             predicted, refined = recorded.predicted[:shown], recorded.refined[:shown]
             _put(latents, predicted, recorded.tokens[:shown])
@@ -165,7 +149,7 @@ class TraceRecorder:
             ]
             yield layout.frame(recorded.step, cells, captions or [])
 
-    def _decoded(self, decode: Decode, latents: NDArray[np.float32]) -> Pixels:
+    def _decoded(self, decode: Decode, latents: Floats) -> Pixels:
         # A copy, because the recording goes on in the same array.
         images = decode(latents.copy())
         check_pixels(images)
@@ -175,12 +159,12 @@ class TraceRecorder:
         return images
 
 
-def _put(latents: NDArray[np.float32], positions: NDArray[np.int64], tokens: NDArray[np.float32]) -> None:
+def _put(latents: Floats, positions: Integers, tokens: Floats) -> None:
     np.put_along_axis(latents, positions[:, :, None], tokens, axis=1)
 
 
 @dataclass(frozen=True)
-class _TraceLayout:
+class _Layout:
     """Where everything of a trace's frames goes: a line of text, the progress bar with its legend, the cells."""
 
     architecture: Architecture
@@ -190,9 +174,7 @@ class _TraceLayout:
     width: int
 
     @classmethod
-    def of(
-        cls, architecture: Architecture, plan: SamplingPlan, images: Pixels, captions: Sequence[str]
-    ) -> _TraceLayout:
+    def of(cls, architecture: Architecture, plan: SamplingPlan, images: Pixels, captions: Sequence[str]) -> _Layout:
         font = load_font(_HEADER_FONT)
         header = math.ceil(max(font.getlength(one_line(_progress(plan, step))) for step in (None, *plan.steps)))
         header = max(header, math.ceil(sum(font.getlength(name) + _LEGEND_GAP for name, _ in _legend(plan))))
@@ -214,11 +196,9 @@ class _TraceLayout:
         bar_top, bar_bottom = MARGIN + 21, MARGIN + 28
         known = self.architecture.tokens if step is None else step.known + step.predicted
         for entry in self.plan.steps:
-            colour = STAGE_COLOURS[entry.stage % len(STAGE_COLOURS)]
-            left, right = (
-                MARGIN + count * self.width // self.architecture.tokens
-                for count in (entry.known, entry.known + entry.predicted)
-            )
+            colour = _stage_colour(entry.stage)
+            ends = (entry.known, entry.known + entry.predicted)
+            left, right = (MARGIN + count * self.width // self.architecture.tokens for count in ends)
             done = entry.known < known
             pen.rectangle((left, bar_top, right - 1, bar_bottom), fill=colour if done else faded(colour))
         x, y = float(MARGIN), MARGIN + 36
@@ -229,14 +209,7 @@ class _TraceLayout:
         self.grid.draw(canvas, (MARGIN + (self.width - self.grid.width) // 2, top), cells, captions)
         return canvas
 
-    def marked(
-        self,
-        step: ARStep,
-        image: Pixels,
-        known: NDArray[np.bool_],
-        predicted: NDArray[np.int64],
-        refined: NDArray[np.bool_],
-    ) -> Image.Image:
+    def marked(self, step: ARStep, image: Pixels, known: Marks, predicted: Integers, refined: Marks) -> Image.Image:
         """One image [H, W, 3] of an AR step: unknown tokens [L] in grey, tokens made now [P] in an outline."""
         rows, columns = self.architecture.grid
         pixels = np.asarray(enlarge(image, self.factor))
@@ -252,10 +225,14 @@ class _TraceLayout:
             row, column = divmod(position, columns)
             pen.rectangle(
                 (column * width, row * height, (column + 1) * width - 1, (row + 1) * height - 1),
-                outline=REFINED_COLOUR if extra else STAGE_COLOURS[step.stage % len(STAGE_COLOURS)],
+                outline=REFINED_COLOUR if extra else _stage_colour(step.stage),
                 width=thickness + extra,
             )
         return cell
+
+
+def _stage_colour(stage: int) -> Colour:
+    return STAGE_COLOURS[stage % len(STAGE_COLOURS)]
 
 
 def _progress(plan: SamplingPlan, step: ARStep | None) -> str:
@@ -264,19 +241,17 @@ def _progress(plan: SamplingPlan, step: ARStep | None) -> str:
     tokens = plan.steps[-1].known + plan.steps[-1].predicted
     if step is None:
         return f"{name} · finished · {tokens} tokens in {total} AR steps"
-    if step.refined == step.predicted:
-        diffusion = f"{step.refined_diffusion_steps} diffusion steps"
-    elif step.refined:
-        diffusion = f"{step.diffusion_steps} diffusion steps ({step.refined_diffusion_steps} refined)"
-    else:
-        diffusion = f"{step.diffusion_steps} diffusion steps"
+    all_refined = step.refined == step.predicted
+    diffusion = f"{step.refined_diffusion_steps if all_refined else step.diffusion_steps} diffusion steps"
+    if step.refined and not all_refined:
+        diffusion += f" ({step.refined_diffusion_steps} refined)"
     position = f"AR step {step.index + 1}/{total} · stage {step.stage + 1}/{stages}"
     return f"{name} · {position} · {step.known + step.predicted}/{tokens} tokens · {diffusion}"
 
 
 def _legend(plan: SamplingPlan) -> list[tuple[str, Colour]]:
     stages = range(len(plan.settings.stage_steps))
-    entries = [(f"stage {stage + 1}", STAGE_COLOURS[stage % len(STAGE_COLOURS)]) for stage in stages]
+    entries = [(f"stage {stage + 1}", _stage_colour(stage)) for stage in stages]
     if any(step.refined for step in plan.steps):
         entries.append(("refined", REFINED_COLOUR))
     return entries

@@ -36,8 +36,7 @@ class DigitSample:
 
     Attributes:
         labels: int64 [n], what was asked for.
-        features: [n, 32].
-        posteriors: [n, 10], class probabilities.
+        features, posteriors: [n, 32], and class probabilities [n, 10].
         nearest: [n], distance to the nearest real digit: Euclidean over 64 pixels in [0, 1].
     """
 
@@ -52,12 +51,8 @@ class DigitSample:
     @classmethod
     def joined(cls, parts: Sequence[DigitSample]) -> DigitSample:
         """All images of several samples."""
-        return cls(
-            *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in ("labels", "features", "posteriors", "nearest")
-            )
-        )
+        names = ("labels", "features", "posteriors", "nearest")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,6 @@ class RealDigits:
 
     Attributes:
         pixels: [1797, 64] in [0, 1].
-        labels: int64 [1797].
         layers: weights [in, out] and biases [out] of the perceptron.
         statistics: of the real digits' features.
         nearest: mean distance of a real digit to its nearest other one.
@@ -87,23 +81,16 @@ class RealDigits:
             pixels = stored["images"].reshape(-1, 64).astype(np.float64) / 16
             labels = stored["labels"].astype(np.int64)
             count = len([name for name in stored.files if name.startswith("weights")])
-            layers = tuple(
-                (stored[f"weights{layer}"].astype(np.float64), stored[f"bias{layer}"].astype(np.float64))
-                for layer in range(count)
-            )
+            kinds = ("weights", "bias")
+            weights, biases = ([stored[f"{kind}{i}"].astype(np.float64) for i in range(count)] for kind in kinds)
+            layers = tuple(zip(weights, biases, strict=True))
         features, _ = classify(layers, pixels)
         distances = pairwise_distances(pixels, pixels)
         np.fill_diagonal(distances, np.inf)
         blocks = [pairwise_distances(own, own) for own in (features[labels == label] for label in range(CLASSES))]
         spread = [block.sum() / (len(block) * (len(block) - 1)) for block in blocks]
-        return cls(
-            pixels,
-            labels,
-            layers,
-            feature_statistics([features]),
-            float(distances.min(axis=1).mean()),
-            float(np.mean(spread)),
-        )
+        nearest = float(distances.min(axis=1).mean())
+        return cls(pixels, labels, layers, feature_statistics([features]), nearest, float(np.mean(spread)))
 
     def sample(self, images: NDArray[np.uint8], labels: Sequence[int] | NDArray[np.int64]) -> DigitSample:
         """What is kept of images uint8 [n, 32, 32, 3] that were asked to be ``labels``."""
@@ -193,19 +180,18 @@ class DigitsMeasure:
         return isinstance(conditioner, ClassConditioner) and conditioner.class_names == DIGITS
 
     def tally(self, images: int) -> DigitTally:
-        """An empty one; keeps 43 numbers of each picture."""
+        """An empty one."""
         return DigitTally(real_digits())
 
 
 class DigitTally:
-    """See :class:`quality.Tally`."""
+    """See :class:`estimates.Tally`."""
 
     def __init__(self, real: RealDigits) -> None:
         self._real = real
         self._parts: list[DigitSample] = []
 
     def add(self, images: NDArray[np.uint8], requests: Sequence[Request]) -> None:
-        """See :class:`quality.Tally`."""
         self._parts.append(self._real.sample(images, np.asarray(requests, dtype=np.int64)))
 
     def sample(self) -> DigitSample:
@@ -213,22 +199,20 @@ class DigitTally:
         return DigitSample.joined(self._parts)
 
     def figures(self) -> dict[str, Estimate]:
-        """Every metric of :data:`METRICS`."""
         return digit_figures(self.sample(), self._real)
 
     def less(self, other: DigitTally) -> dict[str, Estimate]:
-        """Paired differences, see :func:`digit_differences`."""
         return digit_differences(self.sample(), other.sample(), self._real)
 
 
-def resampled(labels: NDArray[np.int64], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
+def resampled(labels: NDArray[np.int64], resamples: int = RESAMPLES) -> NDArray[np.int64]:
     """Counts [resamples, n] of a bootstrap within each class: how often each image is drawn.
 
     None where a class has a single image: drawn again and again, it would pass for certainty.
     """
     if len(labels) == 0 or np.bincount(labels)[np.unique(labels)].min() < 2:
         return np.zeros((0, len(labels)), dtype=np.int64)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     counts = np.zeros((resamples, len(labels)), dtype=np.int64)
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
@@ -236,7 +220,7 @@ def resampled(labels: NDArray[np.int64], resamples: int = RESAMPLES, seed: int =
     return counts
 
 
-def digit_figures(sample: DigitSample, real: RealDigits, resamples: int = RESAMPLES) -> dict[str, Estimate]:
+def digit_figures(sample: DigitSample, real: RealDigits) -> dict[str, Estimate]:
     """Every metric with its 95 % interval over images; the real digits are taken as given.
 
     value +- 1.96 bootstrap standard errors, because a bootstrap sample, which repeats images, has a larger Frechet
@@ -244,7 +228,7 @@ def digit_figures(sample: DigitSample, real: RealDigits, resamples: int = RESAMP
     """
     measure = DigitMeasure(sample, real)
     figures = measure(np.ones(len(sample), dtype=np.int64))
-    drawn = [measure(counts) for counts in resampled(sample.labels, resamples)]
+    drawn = [measure(counts) for counts in resampled(sample.labels)]
     estimates = {
         name: normal_interval(value, [other[name] for other in drawn if name in other])
         for name, value in figures.items()
@@ -253,9 +237,7 @@ def digit_figures(sample: DigitSample, real: RealDigits, resamples: int = RESAMP
     return estimates
 
 
-def digit_differences(
-    sample: DigitSample, base: DigitSample, real: RealDigits, resamples: int = RESAMPLES
-) -> dict[str, Estimate]:
+def digit_differences(sample: DigitSample, base: DigitSample, real: RealDigits) -> dict[str, Estimate]:
     """``sample`` less ``base``, image by image: both were made from the same seeds and labels, in the same order.
 
     Raises:
@@ -264,7 +246,7 @@ def digit_differences(
     if not np.array_equal(sample.labels, base.labels):
         raise ValueError("paired samples need the same labels in the same order")
     measures = DigitMeasure(sample, real), DigitMeasure(base, real)
-    counts = np.concatenate([np.ones((1, len(sample)), dtype=np.int64), resampled(sample.labels, resamples)])
+    counts = np.concatenate([np.ones((1, len(sample)), dtype=np.int64), resampled(sample.labels)])
     values = [tuple(measure(row) for measure in measures) for row in counts]
     return {
         name: normal_interval(

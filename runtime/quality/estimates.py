@@ -37,11 +37,7 @@ class Tally(Protocol):
         ...
 
     def figures(self) -> dict[str, Estimate]:
-        """Every metric by name.
-
-        Raises:
-            UsageError: too few pictures.
-        """
+        """Every metric by name; UsageError where there are too few pictures."""
         ...
 
     def less(self, other: Any) -> dict[str, Estimate]:
@@ -50,12 +46,7 @@ class Tally(Protocol):
 
 
 class Measure(Protocol):
-    """A feature space and what pictures are compared with in it.
-
-    Attributes:
-        features: what the space is, for people.
-        reference: what it is compared with, for people.
-    """
+    """A feature space, and what pictures are compared with in it; both are named for people."""
 
     features: str
     reference: str

@@ -34,11 +34,7 @@ class StatisticsSum:
         self._shift, self._total, self._products = np.zeros(0), np.zeros(0), np.zeros((0, 0))
 
     def add(self, batch: NDArray) -> None:
-        """One more batch [n, F].
-
-        Raises:
-            UsageError: it does not fit those before it, or has values that are not finite.
-        """
+        """One more batch [n, F]; UsageError where it does not fit those before it, or is not finite."""
         rows = np.asarray(batch, dtype=np.float64)
         if rows.ndim != 2 or (self.count and rows.shape[1] != len(self._total)):
             raise UsageError(f"features {list(rows.shape)} are not [n, {len(self._total) if self.count else 'F'}]")
@@ -48,8 +44,7 @@ class StatisticsSum:
             return
         if not self.count:
             # Sums around the first batch's mean keep their digits where means are large and spreads small.
-            self._shift = rows.mean(axis=0)
-            width = len(self._shift)
+            self._shift, width = rows.mean(axis=0), rows.shape[1]
             self._total, self._products = np.zeros(width), np.zeros((width, width))
         rows = rows - self._shift
         self.count += len(rows)
@@ -57,11 +52,7 @@ class StatisticsSum:
         self._products += rows.T @ rows
 
     def result(self) -> FeatureStatistics:
-        """Mean and covariance of all of them.
-
-        Raises:
-            UsageError: fewer than two vectors.
-        """
+        """Mean and covariance of all of them; UsageError where there are fewer than two."""
         if self.count < 2:
             raise UsageError(f"{self.count} feature vectors: a covariance needs at least 2")
         mean = self._total / self.count
@@ -82,11 +73,7 @@ def feature_statistics(batches: Iterable[NDArray]) -> FeatureStatistics:
 
 
 def weighted_statistics(features: NDArray, weights: NDArray[np.int64]) -> FeatureStatistics:
-    """Of feature vectors [n, F] of which row i counts ``weights[i]`` times, as bootstrap samples need it.
-
-    Raises:
-        UsageError: the weights add up to less than 2.
-    """
+    """Of feature vectors [n, F] where row i counts ``weights[i]`` times; UsageError for fewer than two in all."""
     count = int(weights.sum())
     if count < 2:
         raise UsageError(f"{count} feature vectors: a covariance needs at least 2")

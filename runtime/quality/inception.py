@@ -1,8 +1,7 @@
 """How good ImageNet pictures are: FID and Inception score in the published protocol, summed up picture by picture.
 
-The network is not the runtime's: it is found through the entry point group ``gtr_deploy.features`` and comes with
-``pip install 'gtr-deploy[evaluate]'``. Here are the sums, which need the same memory for 50 pictures and for 50,000,
-and the reading of reference statistics.
+The network is not the runtime's: it is found through an entry point. Here are the sums, which need the same memory for
+50 pictures and for 50,000, and the reading of reference statistics.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import GtrError, UsageError
-from ..machine.plugins import load_plugin
 from ..models.conditioning import Request
 from .estimates import Estimate, Z, negative_entropy
 from .frechet import FeatureStatistics, StatisticsSum, frechet_distance
@@ -33,16 +32,7 @@ Extract = Callable[[NDArray[np.uint8]], tuple[NDArray[Any], NDArray[Any]]]
 
 
 class InceptionMeasure:
-    """ImageNet pictures against reference statistics.
-
-    Args:
-        reference: npz file, see :func:`read_reference`.
-        weights: file of the Inception network; torch-fidelity's own, downloaded, if None.
-        device: ``cpu`` or ``cuda:0``; CUDA where there is one if None.
-
-    Raises:
-        GtrError: a file is not what it should be, or the network's library is missing.
-    """
+    """ImageNet pictures against reference statistics, see :func:`read_reference` and :func:`open_inception`."""
 
     def __init__(self, reference: Path, weights: Path | None = None, device: str | None = None) -> None:
         self.features = "Inception-v3 (2015-12-05), 2048 numbers of its last pooling layer, by torch-fidelity"
@@ -56,7 +46,7 @@ class InceptionMeasure:
 
 
 class InceptionTally:
-    """See :class:`quality.Tally`."""
+    """See :class:`estimates.Tally`."""
 
     def __init__(self, reference: FeatureStatistics, extract: Extract, images: int) -> None:
         self._reference, self._extract, self._images = reference, extract, images
@@ -66,7 +56,6 @@ class InceptionTally:
         self._posteriors: NDArray[np.float64] | None = None
 
     def add(self, images: NDArray[np.uint8], requests: Sequence[Request]) -> None:
-        """See :class:`quality.Tally`; what was asked for does not matter here."""
         features, posteriors = self._extract(images)
         posteriors = np.asarray(posteriors, dtype=np.float64)
         splits = len(self._counts)
@@ -140,8 +129,19 @@ def read_reference(path: Path) -> FeatureStatistics:
 def open_inception(weights: Path | None, device: str | None) -> Extract:
     """The network, through its entry point.
 
+    Args:
+        weights: its file; torch-fidelity's own, downloaded, if None.
+        device: ``cpu`` or ``cuda:0``; CUDA where there is one if None.
+
     Raises:
         GtrError: it is not installed, or cannot be opened.
     """
-    open_features = load_plugin(ENTRY_POINTS, "inception", f"Inception features come with torch-fidelity; {INSTALL}")
+    missing = f"Inception features come with torch-fidelity; {INSTALL}"
+    points = tuple(entry_points(group=ENTRY_POINTS, name="inception"))
+    if not points:
+        raise GtrError(missing)
+    try:
+        open_features = points[0].load()
+    except ImportError as cause:
+        raise GtrError(f"{missing} ({cause})") from None
     return open_features(weights, device)

@@ -27,8 +27,7 @@ class Point:
 
     Attributes:
         name: short; empty for one of a crowd, which is drawn small and without its interval.
-        cost: x, seconds or FLOPs; less is better.
-        quality: y with its interval.
+        cost, quality: x and y; of both less is better.
     """
 
     name: str
@@ -36,38 +35,32 @@ class Point:
     quality: Estimate
 
 
-def front(points: Sequence[Point], more_is_better: bool = False) -> list[Point]:
+def front(points: Sequence[Point]) -> list[Point]:
     """The points that no other is at least as good as in both and better in one, by rising cost."""
-    sign = -1 if more_is_better else 1
-    best, found = math.inf, []
-    for point in sorted(points, key=lambda point: (point.cost, sign * point.quality.value)):
-        if sign * point.quality.value < best:
-            best = sign * point.quality.value
+    found: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, point.quality.value)):
+        if not found or point.quality.value < found[-1].quality.value:
             found.append(point)
     return found
 
 
-def plot_front(
-    path: Path, title: str, points: Sequence[Point], cost: str, quality: str, more_is_better: bool = False
-) -> None:
+def plot_front(path: Path, title: str, points: Sequence[Point], cost: str, quality: str) -> None:
     """Writes a PNG of points with 95 % intervals; those on the front are blue and joined.
 
     Args:
-        path: ends in .png.
         points: at least one, all numbers finite.
         cost, quality: what the axes show, with units.
 
     Raises:
         GtrError: matplotlib is missing.
     """
-    better = "higher" if more_is_better else "lower"
-    note = f"{better} is better; 95 % intervals; blue: no other is both faster and better"
+    note = "lower is better; 95 % intervals; blue: no other is both faster and better"
     figure = new_figure(9, 5.6, title, note)
     axes = figure.add_subplot()
     plain(axes, "y")
     axes.set_xlabel(cost, size=10, color=DARK)
     axes.set_ylabel(quality, size=10, color=DARK)
-    best = front(points, more_is_better)
+    best = front(points)
     axes.step([p.cost for p in best], [p.quality.value for p in best], where="post", color=BLUE, alpha=0.4)
     for point in points:
         low, value, high = point.quality.low, point.quality.value, point.quality.high

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ some 25 MB."""
 
 @dataclass(frozen=True)
 class ChainShape:
-    """How the reverse steps of one AR step divide, for one image.
+    """How the reverse steps of one AR step divide, for one image; both chains end together.
 
     Attributes:
         longer: tokens with the longer chain that run alone at first; 0 where all chains are equally long.
@@ -42,7 +43,7 @@ class ChainShape:
 
 
 def chain_shape(step: ARStep) -> ChainShape:
-    """The division of one AR step's reverse steps; both chains end together."""
+    """Of one AR step."""
     plain, refined = step.diffusion_steps, step.refined_diffusion_steps
     if step.refined == 0:
         return ChainShape(0, 0, plain, False)
@@ -54,12 +55,8 @@ def chain_shape(step: ARStep) -> ChainShape:
 
 @dataclass(frozen=True)
 class ChainTables:
-    """The reverse steps of one AR step, per token.
-
-    Attributes:
-        alone: those that the longer chain takes alone; none where all chains are equally long.
-        long, short: the common ones, of the longer chain and of the other.
-    """
+    """The reverse steps of one AR step, per token: those that the longer chain takes alone, which may be none, and the
+    common ones, of the longer chain and of the other."""
 
     alone: ReverseProcess
     long: ReverseProcess
@@ -67,7 +64,7 @@ class ChainTables:
 
 
 def chain_tables(shape: ChainShape, max_timestep: int, temperature: float) -> ChainTables:
-    """Timesteps and coefficients of chains that divide like this."""
+    """Of chains that divide like this."""
     longer = reverse_process(shape.alone + shape.common, max_timestep, temperature)
     short = reverse_process(shape.common, max_timestep, temperature)
     return ChainTables(longer.part(0, shape.alone), longer.part(shape.alone), short)
@@ -110,20 +107,10 @@ class DiffusionChain:
 def diffusion_chain(
     step: ARStep, settings: PlanSettings, predict: Integers, refined: NDArray[np.bool_], noise: NoiseSource
 ) -> DiffusionChain:
-    """The reverse steps of one AR step for a batch.
-
-    Args:
-        step: the plan's entry.
-        settings: respacing and temperature.
-        predict: int64 [B, P].
-        refined: bool [B, P].
-        noise: the noise of every token.
-    """
+    """The reverse steps of one AR step for a batch; ``predict`` int64 [B, P], ``refined`` bool [B, P]."""
     shape = chain_shape(step)
     alone, common = shape.alone, shape.common
-    long = np.zeros(predict.size, dtype=bool)
-    if shape.longer:
-        long = refined.ravel() == shape.refined_longer
+    long = (refined.ravel() == shape.refined_longer) & bool(shape.longer)
     images, positions = np.repeat(np.arange(len(predict)), predict.shape[1]), predict.ravel()
     groups = [(np.flatnonzero(members), count) for members, count in ((long, alone + common), (~long, common))]
     rows = np.concatenate([members for members, _ in groups])
@@ -132,13 +119,10 @@ def diffusion_chain(
     noises.append(np.concatenate([draw[:, -common:] for draw in draws]))
     sizes = len(groups[0][0]), len(groups[1][0])
     row_tables = _cached_tables if len(rows) <= CACHED_ROWS else _row_tables
+    tables = row_tables(shape, sizes, settings.max_timestep, settings.temperature)
     segments = [
         ChainSegment(timesteps.shape[1], timesteps, coefficients, np.ascontiguousarray(part.transpose(1, 0, 2)))
-        for (timesteps, coefficients), part in zip(
-            row_tables(shape, sizes, settings.max_timestep, settings.temperature),
-            noises,
-            strict=True,
-        )
+        for (timesteps, coefficients), part in zip(tables, noises, strict=True)
     ]
     guidance = np.full(len(rows), step.guidance, dtype=np.float32)
     return DiffusionChain(rows, np.concatenate([draw[:, 0] for draw in draws]), guidance, tuple(segments))
@@ -147,21 +131,17 @@ def diffusion_chain(
 def _row_tables(
     shape: ChainShape, sizes: tuple[int, int], max_timestep: int, temperature: float
 ) -> list[tuple[Integers, Floats]]:
-    """Per segment timesteps [S, n] and coefficients [S, n, K]. Not to be written to: small ones are kept.
-
-    Args:
-        sizes: rows of the batch with the longer chain, and others.
-    """
+    """Per segment timesteps [S, n] and coefficients [S, n, K], for so many rows with the longer chain, and others. Not
+    to be written to: small ones are kept."""
     tables, (longer, others) = chain_tables(shape, max_timestep, temperature), sizes
     segments = [[(tables.alone, longer)]] if shape.alone else []
     segments.append([(tables.long, longer), (tables.short, others)])
-    return [
-        (
-            np.concatenate([np.repeat(part.timesteps[:, None], rows, axis=1) for part, rows in groups], axis=1),
-            np.concatenate([np.repeat(part.coefficients[:, None], rows, axis=1) for part, rows in groups], axis=1),
-        )
-        for groups in segments
-    ]
+
+    def by_row(groups: list[tuple[ReverseProcess, int]], table: str) -> NDArray[Any]:
+        parts = [np.repeat(getattr(part, table)[:, None], rows, axis=1) for part, rows in groups]
+        return np.concatenate(parts, axis=1)
+
+    return [(by_row(groups, "timesteps"), by_row(groups, "coefficients")) for groups in segments]
 
 
 _cached_tables = lru_cache(maxsize=64)(_row_tables)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,13 +45,8 @@ def kept_timesteps(count: int, max_timestep: int = TRAINING_STEPS - 1) -> list[i
     if count == 1:
         # The original's stride for a single step keeps t=0 only, denoising nothing; start noisiest [ours].
         return [max_timestep]
-    stride = max_timestep / (count - 1)
-    kept: list[int] = []
-    position = 0.0
-    for _ in range(count):
-        kept.append(round(position))
-        position += stride
-    return kept
+    strides = [max_timestep / (count - 1)] * (count - 1)
+    return [round(position) for position in accumulate(strides, initial=0.0)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class ReverseProcess:
 
     Attributes:
         timesteps: int64 [T], original indices, what the head is told.
-        coefficients: float32 [T, len(graphs.COEFFICIENTS)], at temperature 1.
+        coefficients: float32 [T, len(graphs.COEFFICIENTS)].
     """
 
     timesteps: NDArray[np.int64]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +34,8 @@ class StepResult:
     latents: Floats
 
 
-class Observer(Protocol):
-    """Called after each AR step: progress bars, traces."""
-
-    def __call__(self, result: StepResult) -> None: ...
+Observer = Callable[[StepResult], None]
+"""Called after each AR step: progress bars, traces."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +43,12 @@ class GenerationJob:
     """One batch.
 
     Attributes:
-        plan: resolved for the model.
-        architecture: the model.
+        plan: resolved for the architecture.
         conditioning: the backbone's inputs that say what the images are, by name, each [2, B, ...]: what was asked for,
             and the unconditional branch.
         orders: int64 [B, L], positions in the order they are made.
-        seeds: B image seeds.
-        noise: the noise of every token.
+        seeds: B image seeds, for the ``random`` selection rule.
+        noise: of every token.
     """
 
     plan: SamplingPlan
@@ -71,15 +67,7 @@ def generation_job(
     noise: NoiseSource,
     orders: Integers | None = None,
 ) -> GenerationJob:
-    """What one batch's generation depends on.
-
-    Args:
-        plan: what to do, resolved for ``architecture``.
-        architecture: the model.
-        conditioning: see :class:`GenerationJob`.
-        seeds: B image seeds, for token orders and the ``random`` selection rule.
-        noise: the noise of every token.
-        orders: int64 [B, L], positions in the order they are made; from the seeds by default.
+    """A :class:`GenerationJob`, its orders from the seeds where none are given.
 
     Raises:
         UsageError: orders are not permutations.

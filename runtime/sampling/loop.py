@@ -16,14 +16,9 @@ from .selection import SCORED_RULES, select
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """z, the vectors that the diffusion head samples tokens from, where the backend keeps them.
+    """z [G, B, P, D], what the diffusion head samples tokens from, as the backend's own handle, for itself alone."""
 
-    Attributes:
-        shape: (G, B, P, D).
-        value: the backend's own handle; only that backend may look inside.
-    """
-
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     value: Any
 
 
@@ -51,11 +46,6 @@ class NetworkCalls(Protocol):
 def generate_on_host(networks: NetworkCalls, job: GenerationJob, observer: Observer | None = None) -> Floats:
     """One batch of latents, float32 [B, L, C] in grid order.
 
-    Args:
-        networks: runs the graphs.
-        job: the batch.
-        observer: called after each AR step.
-
     Raises:
         BackendError: a value is not finite.
     """
@@ -64,8 +54,7 @@ def generate_on_host(networks: NetworkCalls, job: GenerationJob, observer: Obser
     latents = np.zeros((batch, total, job.architecture.token_channels), dtype=np.float32)
 
     for step in steps:
-        seen = job.orders[:, : step.known + step.predicted + step.context]
-        visible, predict, context = np.split(seen, [step.known, step.known + step.predicted], axis=1)
+        visible, predict, context = step.parts(job.orders)
         known = np.take_along_axis(latents, visible[:, :, None], axis=1)
         asked = {name: array[: step.branches] for name, array in job.conditioning.items()}
         z = networks.backbone(known, visible, predict, context, asked)
@@ -105,7 +94,5 @@ def check_shape(kind: str, found: tuple[int, ...], expected: tuple[int, ...]) ->
 
 def not_finite(step: int, steps: int, backend: str) -> BackendError:
     """The error for values that are not numbers, in the 0-based AR step ``step`` of ``steps``."""
-    return BackendError(
-        f"AR step {step + 1} of {steps} gave values that are not finite on backend "
-        f"{backend}; run gtr-export verify on the bundle, or use a bundle of higher precision"
-    )
+    what = f"AR step {step + 1} of {steps} gave values that are not finite on backend {backend}"
+    return BackendError(f"{what}; run gtr-export verify on the bundle, or use a bundle of higher precision")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +38,9 @@ def stage_sets(grid: tuple[int, int], stages: int, parity: str = "odd") -> list[
         sets.append(np.flatnonzero(member))
     sets.append(np.flatnonzero(remainder))
     sets.reverse()
-    for index, positions in enumerate(sets):
+    for index, positions in enumerate(sets, start=1):
         if len(positions) == 0:
-            size = f"{grid[0]}x{grid[1]}"
-            raise PlanError(f"stage {index + 1} of {stages} has no token on a {size} grid; use fewer stages")
+            raise PlanError(f"stage {index} of {stages} has no token on a {grid[0]}x{grid[1]} grid; use fewer stages")
     return sets
 
 
@@ -49,18 +49,13 @@ def halton_order(grid: tuple[int, int]) -> NDArray[np.int64]:
 
     The low-discrepancy order of Halton-MaskGIT (Besnier et al., ICLR 2025); the bases and their axes are [ours].
     """
-    total = grid[0] * grid[1]
-    order: list[int] = []
-    seen: set[int] = set()
-    index = 1
-    while len(order) < total:
+    order: dict[int, None] = {}
+    for index in count(1):
         row, column = _radical_inverse_cell(index, 2, grid[0]), _radical_inverse_cell(index, 3, grid[1])
-        position = row * grid[1] + column
-        if position not in seen:
-            seen.add(position)
-            order.append(position)
-        index += 1
-    return np.array(order, dtype=np.int64)
+        order[row * grid[1] + column] = None  # which keeps its first place
+        if len(order) == grid[0] * grid[1]:
+            break
+    return np.array(list(order), dtype=np.int64)
 
 
 def _radical_inverse_cell(index: int, base: int, cells: int) -> int:

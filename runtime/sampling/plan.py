@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import PlanError
 from ..models.architecture import Architecture
 from ..models.families import FAMILIES, family_of
@@ -136,6 +139,11 @@ class ARStep:
         """FLOPs of the step per image."""
         return self.backbone_flops + self.head_flops
 
+    def parts(self, orders: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Positions known, predicted and seen beside them [B, V], [B, P], [B, R], of orders [B, L]."""
+        seen = orders[:, : self.known + self.predicted + self.context]
+        return np.split(seen, [self.known, self.known + self.predicted], axis=1)
+
     @property
     def head_calls(self) -> int:
         """Sequential diffusion step calls: refined and plain tokens end together, so the longer chain counts."""
@@ -161,13 +169,8 @@ class SamplingPlan:
 
 
 def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | None = None) -> PlanSettings:
-    """A preset fitted to a model: AR steps cut to the tokens a stage has, then the model's own defaults.
-
-    Args:
-        name: a preset of the model's family.
-        architecture: the model.
-        defaults: settings of the model, for example its published ``cfg``; a ``max_timestep`` only ever lowers the
-            preset's.
+    """A preset of a model's family, AR steps cut to the tokens that a stage has, with the model's own defaults, such as
+    its published ``cfg``; a ``max_timestep`` of these only ever lowers the preset's.
 
     Raises:
         PlanError: unknown preset, or no such stages on this grid.
@@ -197,10 +200,8 @@ def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
     if settings.cfg != 1.0 and not family.conditioner.inputs:
         raise PlanError(f"cfg {settings.cfg:g}: {architecture.name} has nothing that it could be guided to; give 1")
     sizes = [len(members) for members in stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)]
-    counts = [
-        _stage_counts(index, size, wanted, settings.token_schedule)
-        for index, (size, wanted) in enumerate(zip(sizes, settings.stage_steps, strict=True))
-    ]
+    wanted = zip(sizes, settings.stage_steps, strict=True)
+    counts = [_stage_counts(index, *pair, settings.token_schedule) for index, pair in enumerate(wanted)]
     last_stage = len(sizes) - 1
     generation_steps = sum(settings.stage_steps[:-1]) if last_stage else settings.stage_steps[0]
     steps: list[ARStep] = []
@@ -217,11 +218,9 @@ def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
             after = known + predicted
             guidance = settings.cfg
             if settings.cfg_schedule == "linear":
-                guided = after
-                if settings.token_schedule == "cosine":
-                    # models/mar.py clamps the masked count to at least 1 before it takes the scale, so that the very
-                    # last step's scale stays one token short of cfg.
-                    guided = min(after, architecture.tokens - 1)
+                # models/mar.py clamps the masked count to at least 1 before it takes the scale, so that the very last
+                # step's scale stays one token short of cfg.
+                guided = min(after, architecture.tokens - (settings.token_schedule == "cosine"))
                 guidance = 1.0 + (settings.cfg - 1.0) * guided / architecture.tokens
             branches = 1 if settings.cfg == 1.0 else 2
             seen_end = stage_end if settings.context == "compact" else architecture.tokens
@@ -274,10 +273,6 @@ def _stage_counts(stage: int, size: int, steps: int, schedule: str) -> list[int]
 
 
 def _check(settings: PlanSettings) -> None:
-    def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
-        if value not in choices:
-            raise PlanError(f"{what} {value!r} is not one of {', '.join(choices)}")
-
     def whole(what: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise PlanError(f"{what} {value!r} is not a whole number")
@@ -296,20 +291,23 @@ def _check(settings: PlanSettings) -> None:
         raise PlanError("stage steps are empty: give AR steps per stage, for example 24,6,2")
     for steps in settings.stage_steps:
         whole("stage steps", steps)
-    one_of("order", settings.order, ORDERS)
-    one_of("parity", settings.parity, PARITIES)
-    one_of("token schedule", settings.token_schedule, TOKEN_SCHEDULES)
-    one_of("FTS rule", settings.fts, FTS_RULES)
-    one_of("cfg schedule", settings.cfg_schedule, CFG_SCHEDULES)
-    one_of("decoder context", settings.context, CONTEXTS)
+    for what, value, choices in (
+        ("order", settings.order, ORDERS),
+        ("parity", settings.parity, PARITIES),
+        ("token schedule", settings.token_schedule, TOKEN_SCHEDULES),
+        ("FTS rule", settings.fts, FTS_RULES),
+        ("cfg schedule", settings.cfg_schedule, CFG_SCHEDULES),
+        ("decoder context", settings.context, CONTEXTS),
+    ):
+        if value not in choices:
+            raise PlanError(f"{what} {value!r} is not one of {', '.join(choices)}")
     whole("max timestep", settings.max_timestep)
     if not 0 <= settings.max_timestep < TRAINING_STEPS:
         raise PlanError(f"max timestep {settings.max_timestep} is not in 0..{TRAINING_STEPS - 1}")
     if len(settings.generation_diffusion) != 2:
         raise PlanError("generation diffusion steps are two numbers, first and last")
     for what, count in (
-        ("generation diffusion steps", settings.generation_diffusion[0]),
-        ("generation diffusion steps", settings.generation_diffusion[1]),
+        *(("generation diffusion steps", count) for count in settings.generation_diffusion),
         ("reconstruction diffusion steps", settings.reconstruction_diffusion),
         ("FTS diffusion steps", settings.fts_diffusion),
     ):

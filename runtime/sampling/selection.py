@@ -55,8 +55,7 @@ def select(
         positions: int64 [B, P], the tokens to choose among; ties go to the smaller position.
         seeds: one per image, used by ``random``.
         tokens: L, tokens of an image.
-        score: float32 [B, P], for fts and lowest.
-        norm: float32 [B, P], for norm.
+        score, norm: float32 [B, P], where the rule needs them.
 
     Returns:
         bool [B, P].

@@ -54,15 +54,11 @@ def call_shapes(plan: SamplingPlan, batch: int) -> dict[str, list[Sizes]]:
 
 
 def profiles(plans: Iterable[SamplingPlan], max_batch: int) -> dict[str, list[Profile]]:
-    """Optimization profiles per graph kind: few and tight.
+    """Optimization profiles per graph kind for plans of one model: few and tight.
 
     One regime for a single image and one for 2 to ``max_batch``, each split into generation (few tokens, many calls)
     and reconstruction (half of the tokens at once). The best size of each axis is the median of the work at the
     regime's largest batch. The number of branches may be 1 in every profile: it only halves the rows.
-
-    Args:
-        plans: resolved for one model.
-        max_batch: largest batch, at least 1.
     """
     regimes = [(1, 1)] if max_batch == 1 else [(1, 1), (2, max_batch)]
     result: dict[str, list[Profile]] = {}
@@ -112,10 +108,8 @@ def covering(candidates: Sequence[Profile], sizes: Mapping[str, int]) -> int | N
     best: tuple[float, int] | None = None
     for index, profile in enumerate(candidates):
         if all(low <= sizes[letter] <= high for letter, (low, _, high) in profile.items()):
-            distance = 0.0
-            for letter, (_, middle, _) in profile.items():
-                ratio = (sizes[letter] + 1) / (middle + 1)
-                distance += max(ratio, 1 / ratio) - 1
+            ratios = [(sizes[letter] + 1) / (middle + 1) for letter, (_, middle, _) in profile.items()]
+            distance = sum(max(ratio, 1 / ratio) - 1 for ratio in ratios)
             if best is None or distance < best[0]:
                 best = (distance, index)
     return None if best is None else best[1]

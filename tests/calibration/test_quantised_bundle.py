@@ -251,6 +251,7 @@ def test_bad_requests_are_one_line(int8: Path, digits_bundle: Path, build_digits
         ({"compared": 0}, "give at least 1"),
         ({"method": "median"}, "is not one of max"),
         ({"precision": "fp8", "method": "mse"}, "for integers"),
+        ({"percentile": 101}, "percentile 101 is not in 50..100"),
         ({"requests": [10]}, "class 10"),
         ({"plan": "nope"}, "plan 'nope'"),
     ):

@@ -191,7 +191,7 @@ def test_tensorrt_rtx_builds_the_graphs(quantised: dict[str, dict[str, Path]], f
 def test_float16_graphs_keep_their_precision(build_digits, calibrated: Calibrated, tmp_path: Path) -> None:
     source = build_digits("fp16") / "graphs" / "diffusion_step.onnx"
     target = tmp_path / "half.onnx"
-    assert quantise_graph(source, target, calibrated.ranges("tensorrt"), "tensorrt")
+    quantise_graph(source, target, calibrated.ranges("tensorrt"), "tensorrt")
     scales = [t for t in read_graph(target).graph.initializer if t.name.endswith(".input_scale")]
     assert {scale.data_type for scale in scales} == {onnx.TensorProto.FLOAT16}
     found = outputs(target, calibrated.probes.inputs["diffusion_step"], 1, optimised=False)
@@ -247,8 +247,6 @@ def test_scales() -> None:
 
 def test_bad_requests_are_one_line(calibrated: Calibrated, tmp_path: Path) -> None:
     source, target = calibrated.graphs["diffusion_step"], tmp_path / "x.onnx"
-    with pytest.raises(UsageError, match=r"did you mean head\.cond_embed"):
-        quantise_graph(source, target, calibrated.ranges("cpu"), "cpu", keep=["head.cond_embe"])
     with pytest.raises(UsageError, match=r"no activation range for head\.cond_embed"):
         quantise_graph(source, target, {}, "cpu")
     (tmp_path / "bad.onnx").write_bytes(b"\x08\x00garbage")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gtr_deploy.calibration import ranges
-from gtr_deploy.calibration.ranges import BINS, Statistics, find_range
-from gtr_deploy.runtime.errors import BackendError, GtrError, UsageError
+from gtr_deploy.calibration.ranges import BINS, Statistics, find_range, layer_ranges
+from gtr_deploy.runtime.errors import BackendError, UsageError
 
 
 def _values(kind: str) -> np.ndarray:
@@ -66,8 +66,8 @@ def test_large_tensors_are_sampled_but_their_extremes_are_exact() -> None:
 def test_empty_and_constant_tensors() -> None:
     statistics = Statistics()
     statistics.add(np.zeros((2, 0, 16), dtype=np.float32))
-    with pytest.raises(UsageError, match="never seen"):
-        find_range(statistics, "max", True)
+    with pytest.raises(UsageError, match="layer: a tensor was never seen"):
+        layer_ranges({"layer": statistics}, "max", True, 100)
     statistics.add(np.zeros((2, 3), dtype=np.float32))
     for method in ranges.METHODS:
         assert find_range(statistics, method, False) == ranges.Range(0, 0)
@@ -129,16 +129,3 @@ def test_stored_statistics_come_back() -> None:
     assert find_range(again, "mse", False) == find_range(seen, "mse", False)
     with pytest.raises(UsageError, match="damaged"):
         Statistics.of(seen.numbers()[:2], seen.bins, seen.channels)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "median"}, "'median' is not one of max"),
-        ({"method": "percentile", "percentile": 101}, "percentile 101 is not in 50..100"),
-        ({"method": "entropy", "grid": "fp8"}, "fp8 takes max or percentile"),
-    ],
-)
-def test_bad_requests_are_one_line(arguments: dict, message: str) -> None:
-    with pytest.raises(GtrError, match=message):
-        find_range(_seen(_values("normal")), **{"signed": True, **arguments})

@@ -11,7 +11,15 @@ from PIL import Image
 from gtr_deploy.calibration.layers import DEFAULT_KEEP
 from gtr_deploy.calibration.plot import plot_bars
 from gtr_deploy.calibration.probes import relative_error
-from gtr_deploy.calibration.sensitivity import COST_COLUMNS, Bench, LayerCost, choose_kept, cost_rows, layer_costs
+from gtr_deploy.calibration.sensitivity import (
+    COST_COLUMNS,
+    GATES,
+    Bench,
+    LayerCost,
+    choose_kept,
+    cost_rows,
+    layer_costs,
+)
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import GtrError, UsageError
 
@@ -57,9 +65,10 @@ def test_auto_keeps_nothing_more_where_the_gate_holds(bench: Bench) -> None:
     assert "no more is needed" in kept.why
 
 
-def test_auto_keeps_what_a_tighter_gate_needs(bench: Bench) -> None:
+def test_auto_keeps_what_a_tighter_gate_needs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     loose, _ = choose_kept(bench, "auto", QUIET)
-    kept, costs = choose_kept(bench, "auto", QUIET, gate=0.75 * loose.image_error)
+    monkeypatch.setitem(GATES, "cpu", 0.75 * loose.image_error)
+    kept, costs = choose_kept(bench, "auto", QUIET)
     assert kept.image_error <= 0.75 * loose.image_error
     assert set(DEFAULT_KEEP) < set(kept.layers)
     worst = [cost.layer for cost in costs if cost.layer not in DEFAULT_KEEP]
@@ -73,20 +82,19 @@ def test_a_number_keeps_the_worst(bench: Bench, costs: list[LayerCost]) -> None:
     assert kept.layers == (*DEFAULT_KEEP, *worst)
 
 
-def test_bad_requests(bench: Bench) -> None:
+def test_bad_requests(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for keep in (-1, 1000, "most", True):
         with pytest.raises(UsageError, match="--keep"):
             choose_kept(bench, keep, QUIET)
+    monkeypatch.setitem(GATES, "cpu", 1e-9)
     with pytest.raises(GtrError, match="does not hold"):
-        choose_kept(bench, "auto", QUIET, gate=1e-9)
+        choose_kept(bench, "auto", QUIET)
 
 
 def test_table_and_plot(costs: list[LayerCost], tmp_path: Path) -> None:
-    rows = cost_rows(costs, DEFAULT_KEEP)
-    assert {len(row) for row in rows} == {len(COST_COLUMNS)}
-    assert sum(row[-1] == "kept" for row in rows) == 1
+    assert {len(row) for row in cost_rows(costs)} == {len(COST_COLUMNS)}
     path = tmp_path / "plot.png"
-    plot_bars(path, "costs", [(cost.layer, cost.error) for cost in costs[:12]], DEFAULT_KEEP)
+    plot_bars(path, "costs", [(cost.layer, cost.error) for cost in costs[:12]])
     with Image.open(path) as image:
         height = image.height
     plot_bars(path, "many", [(str(index), 0.1 + index) for index in range(200)])

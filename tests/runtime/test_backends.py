@@ -16,9 +16,9 @@ from click.testing import Result
 from fakes.bundles import changed
 from golden import relative_error
 
+from gtr_deploy.runtime.backends.blocks import ALIGNMENT, packed
 from gtr_deploy.runtime.backends.choice import choose_backend, open_backend, resolve_backend
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.backends.onnxruntime.bound import ALIGNMENT, _Packed
 from gtr_deploy.runtime.backends.registry import OPENVINO_PRECISIONS
 from gtr_deploy.runtime.backends.row import BackendOptions
 from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet
@@ -119,14 +119,12 @@ class TestBound:
         assert "\n" not in str(caught.value)
 
     def test_packed_entries_are_aligned_and_whole(self) -> None:
-        packed = _Packed()
         tables = [np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(5, dtype=np.int64)[None]]
-        places = [packed.add(table) for table in tables]
-        raw = packed.bytes()
+        places, raw = packed(tables)
         for table, place in zip(tables, places, strict=True):
             for index, entry in enumerate(table):
-                assert place.at(index) % ALIGNMENT == 0
-                stored = raw[place.at(index) : place.at(index) + entry.nbytes]
+                assert place.at(0, index) % ALIGNMENT == 0
+                stored = raw[place.at(0, index) : place.at(0, index) + entry.nbytes]
                 assert np.array_equal(stored.view(table.dtype), entry)
 
 

@@ -24,7 +24,6 @@ from gtr_deploy.runtime.commands.console import CommandGroup
 from gtr_deploy.runtime.commands.doctor import can_run, diagnose, doctor
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine import examine as machine_module
-from gtr_deploy.runtime.machine.cuda import Device
 from gtr_deploy.runtime.machine.examine import Gpu, Machine, examine_machine, library_version
 
 ADA = Gpu("NVIDIA L4", "8.9", 24 * 2**30, "13.0")
@@ -41,7 +40,7 @@ EVERYTHING = Machine("linux-x86_64", ADA, "", VERSIONS, ("CUDAExecutionProvider"
 NOTHING = Machine("linux-x86_64", None, "no NVIDIA driver", dict.fromkeys(VERSIONS), ())
 
 
-def _no_devices() -> list[Device]:
+def _no_devices() -> list[Gpu]:
     raise BackendError("no NVIDIA driver\nand more")
 
 
@@ -168,8 +167,7 @@ class TestMachine:
         assert machine_module._ask_nvidia_smi() is None
 
     def test_first_gpu_of_the_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        device = Device(0, ADA.name, ADA.compute_capability, ADA.memory, ADA.driver, "13.0")
-        monkeypatch.setattr("gtr_deploy.runtime.machine.cuda.list_devices", lambda: [device])
+        monkeypatch.setattr("gtr_deploy.runtime.machine.cuda.list_devices", lambda: [ADA])
         assert machine_module._find_gpu(has_cuda_bindings=True) == (ADA, "")
         monkeypatch.setattr("gtr_deploy.runtime.machine.cuda.list_devices", list)
         assert machine_module._find_gpu(has_cuda_bindings=True) == (None, "the driver shows no GPU")

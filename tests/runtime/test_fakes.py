@@ -100,7 +100,7 @@ def bench(cuda: Cuda, machine: FakeMachine, graph: Path) -> Bench:
 
 def test_out_of_bounds_is_sticky(cuda: Cuda, machine: FakeMachine) -> None:
     stream, small, large = cuda.create_stream(), cuda.allocate(256), cuda.allocate(512)
-    cuda.copy(large, small, 257, stream)
+    cuda.copy_rows(large, 257, small, 257, 257, 1, stream)
     for _ in range(2):
         with pytest.raises(CudaError) as caught:
             cuda.synchronize(stream)
@@ -116,8 +116,8 @@ def test_wrong_sides_and_races_are_seen(cuda: Cuda, machine: FakeMachine) -> Non
     one, two, a, b = cuda.create_stream(), cuda.create_stream(), cuda.allocate(8), cuda.allocate(8)
     with pytest.raises(CudaError, match="cudaErrorInvalidValue"):
         cuda.upload(a, b, 8, one)
-    cuda.copy(a, b, 8, one)
-    cuda.copy(b, a, 8, two)
+    cuda.copy_rows(a, 8, b, 8, 8, 1, one)
+    cuda.copy_rows(b, 8, a, 8, 8, 1, two)
     assert len(machine.races) == 1
     host = np.zeros(8, np.uint8)
     cuda.download(host.ctypes.data, a, 8, one)  # pageable: CUDA waits, and nobody should be slow by accident

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from recorded import RecordedNoise
 
 from gtr_deploy.runtime.errors import UsageError
 from gtr_deploy.runtime.sampling.noise import (
-    RecordedNoise,
     SeededNoise,
     _normals,
     checked_seed,

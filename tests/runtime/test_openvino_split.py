@@ -152,14 +152,12 @@ class TestHints:
         OpenVinoBackend(networks(Bundle.load(digits_bundle)), 1)
         assert hints == ["f32"] * len(NETWORKS)
 
-    @pytest.mark.parametrize(
-        ("mode", "wanted"), [("cut", ["f32", "bf16", "f32"]), ("graph", ["dynamic"]), ("off", ["f32"])]
-    )
-    def test_bfloat16_graphs(self, bundle: Bundle, hints: list[str], mode: str, wanted: list[str]) -> None:
+    @pytest.mark.parametrize(("cut", "wanted"), [(True, ["f32", "bf16", "f32"]), (False, ["f32"])])
+    def test_bfloat16_graphs(self, bundle: Bundle, hints: list[str], cut: bool, wanted: list[str]) -> None:
         paths = {kind: networks(bundle)[kind] for kind in ("diffusion_step", "detail_score")}
-        description = OpenVinoBackend(paths, 1, bfloat16=mode).description
+        description = OpenVinoBackend(paths, 1, cut=cut).description
         assert hints == [*wanted, "f32"]
-        lowered = HAS_BFLOAT16 and mode != "off"
+        lowered = HAS_BFLOAT16 and cut
         assert description == f"openvino cpu, {'bfloat16' if lowered else 'bfloat16 graphs in float32'}"
 
     def test_a_hint_that_is_not_heeded_is_an_error(self, digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,17 +175,12 @@ class TestHints:
         with pytest.raises(BackendError, match=r"^OpenVINO would compute in bf16 in place of f32$"):
             OpenVinoBackend({"decoder": networks(Bundle.load(digits_bundle))["decoder"]})
 
-    def test_unknown_mode(self) -> None:
-        with pytest.raises(BackendError, match="bfloat16 'on' is not one of cut, graph, off"):
-            OpenVinoBackend({}, bfloat16="on")
-
 
 class TestNumbers:
-    @pytest.mark.parametrize("mode", ["cut", "graph"])
-    def test_modes_agree(self, bundle: Bundle, mode: str) -> None:
+    def test_cutting_changes_nothing_else(self, bundle: Bundle) -> None:
         """Without bfloat16 in the CPU, cutting changes nothing; with it, no more than the precision may cost."""
         paths = networks(bundle)
-        plain, other = OpenVinoBackend(paths, 1, bfloat16="off"), OpenVinoBackend(paths, 1, bfloat16=mode)
+        plain, other = OpenVinoBackend(paths, 1, cut=False), OpenVinoBackend(paths, 1, cut=True)
         for kind in NETWORKS:
             spec = graph_specs(bundle.architecture, 2)[kind]
             for sizes in (spec.smallest, spec.usual):
@@ -196,15 +189,15 @@ class TestNumbers:
                     limit = spec.tolerances["bf16"] if HAS_BFLOAT16 else 1e-6
                     assert relative_error(found, wanted) <= limit
 
-    @pytest.mark.parametrize("mode", ["cut", None])
+    @pytest.mark.parametrize("cut", [True, None])
     def test_images_are_those_of_the_float32_bundle(
-        self, bundle: Bundle, digits_bundle: Path, mode: str | None
+        self, bundle: Bundle, digits_bundle: Path, cut: bool | None
     ) -> None:
         wide = OnnxRuntimeBackend(networks(Bundle.load(digits_bundle)), 1)
         found, wanted = (
             Pipeline(bundle.architecture, bundle.conditioner, backend, dict(bundle.plan_defaults)).generate(
                 [3, 7], plan="gtr-fast"
             )
-            for backend in (OpenVinoBackend(networks(bundle), 1, bfloat16=mode), wide)
+            for backend in (OpenVinoBackend(networks(bundle), 1, cut=cut), wide)
         )
         assert 0 < relative_error(found.latents, wanted.latents) <= IMAGE_TOLERANCES["bf16"]

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from jobs import ARCHITECTURES
+from recorded import RecordedNoise
 
 from gtr_deploy.runtime import BackendError, Pipeline, PlanError, PlanSettings, UsageError
 from gtr_deploy.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from gtr_deploy.runtime.sampling.noise import RecordedNoise, SeededNoise
+from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.orders import generation_orders
 
 DIGITS = ARCHITECTURES["mar-digits"]

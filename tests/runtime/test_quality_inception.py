@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from gtr_deploy.runtime.errors import GtrError, UsageError
-from gtr_deploy.runtime.machine import plugins
 from gtr_deploy.runtime.quality import inception as quality_inception
 from gtr_deploy.runtime.quality.estimates import inception_score
 from gtr_deploy.runtime.quality.frechet import feature_statistics, frechet_distance
@@ -101,7 +100,7 @@ def test_references_of_every_wrong_kind(narrow: int, tmp_path: Path) -> None:
 
 
 def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins, "entry_points", lambda **_: ())
+    monkeypatch.setattr(quality_inception, "entry_points", lambda **_: ())
     with pytest.raises(GtrError, match=r"pip install 'gtr-deploy\[evaluate\]'"):
         open_inception(None, None)
 
@@ -109,6 +108,6 @@ def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.M
         def load(self) -> None:
             raise ImportError("No module named 'torch'")
 
-    monkeypatch.setattr(plugins, "entry_points", lambda **_: (Broken(),))
+    monkeypatch.setattr(quality_inception, "entry_points", lambda **_: (Broken(),))
     with pytest.raises(GtrError, match="No module named 'torch'"):
         open_inception(None, None)

@@ -23,7 +23,6 @@ def _points(*pairs: tuple[float, float]) -> list[Point]:
 def test_front_is_what_nothing_beats() -> None:
     points = _points((1, 9), (2, 5), (3, 6), (4, 5), (5, 1), (2, 7))
     assert [p.name for p in front(points)] == ["p0", "p1", "p4"]
-    assert [p.name for p in front(points, more_is_better=True)] == ["p0"]
 
 
 def test_points_are_where_their_numbers_are(tmp_path: Path) -> None:
@@ -40,7 +39,7 @@ def test_points_are_where_their_numbers_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", [(5.0, 5.0), (0.0, 0.0), (-2.0, 3.0), (1e-9, 1e9)])
 def test_any_numbers_can_be_drawn(tmp_path: Path, values: tuple[float, float]) -> None:
     points = [Point("named", values[0], Estimate(values[1], 0.0, values[1])), Point("", values[1], Estimate(values[0]))]
-    plot_front(tmp_path / "plot.png", "title", points, "x", "y", more_is_better=True)
+    plot_front(tmp_path / "plot.png", "title", points, "x", "y")
     assert Image.open(tmp_path / "plot.png").width > 900
 
 

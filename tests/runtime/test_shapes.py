@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jobs import ARCHITECTURES, PLAN_DEFAULTS, class_labels
 from msgspec import structs
 
-from gtr_deploy.runtime.backends.tensorrt.device_layout import ALIGNMENT, device_layout, ordered_to_grid
+from gtr_deploy.runtime.backends.blocks import ALIGNMENT
+from gtr_deploy.runtime.backends.tensorrt.device_layout import device_layout, ordered_to_grid
 from gtr_deploy.runtime.models.architecture import Decoder
 from gtr_deploy.runtime.sampling.chains import chain_shape
 from gtr_deploy.runtime.sampling.job import generation_job

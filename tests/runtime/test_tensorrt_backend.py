@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from fakes.machine import Error, FakeMachine
 from gtr_deploy.runtime.backends.tensorrt.backend import KEPT_PROGRAMS, TensorRTBackend, open_tensorrt
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.timing import measure
-from gtr_deploy.runtime.errors import BackendError, BundleError, UsageError
+from gtr_deploy.runtime.errors import BackendError, BundleError
 from gtr_deploy.runtime.files import cache_dir
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.sampling.plan import SamplingPlan, preset, resolve
@@ -215,12 +216,10 @@ def test_damaged_engines_are_refused_with_the_library_s_words(machine: FakeMachi
     assert machine.leaks() == []
 
 
-def test_wrong_device_and_mode(machine: FakeMachine, own_bundle: Path) -> None:
+def test_wrong_device(machine: FakeMachine, own_bundle: Path) -> None:
     bundle = add_fake_engines(own_bundle)
     with pytest.raises(BackendError, match="this machine has 1 GPU"):
         open_tensorrt(bundle, "tensorrt", device=3, machine=fake_host(machine))
-    with pytest.raises(UsageError, match="CUDA graph mode 'always'"):
-        open_tensorrt(bundle, "tensorrt", cuda_graph="always", machine=fake_host(machine))
 
 
 def test_one_graph_call_with_plain_arrays(opened: Callable[..., TensorRTBackend], digits_pipeline: Pipeline) -> None:
@@ -236,7 +235,7 @@ def test_one_graph_call_with_plain_arrays(opened: Callable[..., TensorRTBackend]
 
 def test_teardown_frees_everything_even_on_a_broken_gpu(machine: FakeMachine, own_bundle: Path) -> None:
     bundle = add_fake_engines(own_bundle)
-    with open_tensorrt(bundle, "tensorrt", machine=fake_host(machine)) as backend:
+    with closing(open_tensorrt(bundle, "tensorrt", machine=fake_host(machine))) as backend:
         backend.warm_up(resolve(preset("gtr-fast", bundle.architecture, bundle.plan_defaults), bundle.architecture), 1)
     assert machine.leaks() == []
     backend.close()  # twice does no harm

@@ -26,11 +26,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntimeBackend(HostLoopBackend):
-    """Sessions for a bundle's graphs, on the CPU or the CUDA provider.
-
-    Attributes:
-        description: provider, and CUDA graphs if they are in use.
-    """
+    """Sessions for a bundle's graphs, on the CPU or the CUDA provider."""
 
     name = "onnxruntime"
 
@@ -86,14 +82,9 @@ class OnnxRuntimeBackend(HostLoopBackend):
                     warnings.warn(f"{error}; going on without CUDA graphs", RuntimeWarning, stacklevel=2)
             self._sessions[kind] = self._open(path)
         if provider == "cuda" if bound is None else bound:
-            self._bound = BoundGraphs(
-                onnxruntime,
-                self._sessions,
-                provider,
-                device if provider == "cuda" else 0,
-                fixed,
-                lambda: self._open(graphs["diffusion_step"]),
-            )
+            place = (provider, device if provider == "cuda" else 0)
+            step = "diffusion_step"
+            self._bound = BoundGraphs(onnxruntime, self._sessions, place, fixed, lambda: self._open(graphs[step]))
 
     @property
     def description(self) -> str:

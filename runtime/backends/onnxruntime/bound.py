@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 
 from ...sampling.chains import DiffusionChain, Floats
 from ...sampling.loop import BackboneOutput
-
-ALIGNMENT = 256
-"""Bytes; what cudaMalloc guarantees, so that no bound address is worse than an allocation of its own."""
+from ..blocks import packed
 
 MAX_FIXED_SHAPES = 128
 """Shapes (G, n) whose buffers and captured graphs are kept. ONNX Runtime cannot drop a captured graph, so any further
@@ -33,26 +31,15 @@ class BoundGraphs:
     """
 
     def __init__(
-        self,
-        runtime: Any,
-        sessions: dict[str, Any],
-        device_type: str,
-        device: int,
-        fixed: bool,
-        reopen_step: Callable[[], Any],
+        self, runtime: Any, sessions: dict[str, Any], device: tuple[str, int], fixed: bool, reopen: Callable[[], Any]
     ) -> None:
         """Args:
-        runtime: the onnxruntime module.
         sessions: graph kind to session; the diffusion step's is replaced if its CUDA graphs fail.
-        device_type, device: where buffers live, in ONNX Runtime's words (``cuda``, ``cpu``).
-        fixed: see above.
-        reopen_step: opens the diffusion step without CUDA graphs.
+        device: where buffers live, in ONNX Runtime's words (``cuda`` or ``cpu``, and an index).
+        reopen: opens the diffusion step without CUDA graphs.
         """
         self.fixed = fixed
-        self._runtime = runtime
-        self._sessions = sessions
-        self._device = (device_type, device)
-        self._reopen_step = reopen_step
+        self._runtime, self._sessions, self._device, self._reopen_step = runtime, sessions, device, reopen
         self._shapes: dict[tuple[int, int], _FixedStep] = {}
 
     def backbone(self, inputs: Mapping[str, NDArray[Any]]) -> BackboneOutput:
@@ -64,8 +51,7 @@ class BoundGraphs:
         binding.synchronize_inputs()
         self._sessions["backbone"].run_with_iobinding(binding)
         z = binding.get_outputs()[0]
-        branches, batch, predicted, width = z.shape()
-        return BackboneOutput((branches, batch, predicted, width), z)
+        return BackboneOutput(tuple(z.shape()), z)
 
     def detail(self, z: BackboneOutput) -> tuple[Floats, Floats]:
         """Score and norm [B, P]; only these leave the device."""
@@ -85,9 +71,8 @@ class BoundGraphs:
                 return self._denoise_fixed(z, chain)
             except Exception as error:  # ONNX Runtime's own exceptions share no base class
                 reason = " ".join(str(error).split())[:200]
-                warnings.warn(
-                    f"ONNX Runtime could not use CUDA graphs, going on without: {reason}", RuntimeWarning, stacklevel=2
-                )
+                text = f"ONNX Runtime could not use CUDA graphs, going on without: {reason}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
                 self.fixed = False
                 self._shapes.clear()
                 self._sessions["diffusion_step"] = self._reopen_step()
@@ -96,26 +81,26 @@ class BoundGraphs:
     def _denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         """One upload for all tables of the chain, x in two buffers by turns, one download."""
         session, channels = self._sessions["diffusion_step"], chain.x.shape[1]
-        tables = _Packed()
-        guidance, rows = tables.add(chain.guidance[None]), tables.add(chain.rows[None])
-        steps = [[tables.add(table) for table in (s.timesteps, s.coefficients, s.noise)] for s in chain.segments]
-        uploaded = self._put(tables.bytes())
+        steps = [table for s in chain.segments for table in (s.timesteps, s.coefficients, s.noise)]
+        (guidance, rows, *blocks), content = packed([chain.guidance[None], chain.rows[None], *steps])
+        uploaded = self._put(content)
         base = uploaded.data_ptr()
         # Both start as x_T: rows that have not joined yet are then right in either buffer.
         buffers = [self._put(chain.x.copy()), self._put(chain.x.copy())]
         current = 0
-        for segment, (timesteps, coefficients, noise) in zip(chain.segments, steps, strict=True):
+        for segment in chain.segments:
             n = segment.rows
-            own = self._rows_of_z(z, chain, base + rows.offset, n, buffers[0].data_ptr(), None)
+            timesteps, coefficients, noise, *blocks = blocks
+            own = self._rows_of_z(z, chain, rows.at(base), n, buffers[0].data_ptr(), None)
             binding = session.io_binding()
             self._bind(binding, "z", (z.shape[0], n, z.shape[3]), own.data_ptr())
-            self._bind(binding, "guidance", (n,), base + guidance.offset)
+            self._bind(binding, "guidance", (n,), guidance.at(base))
             for index in range(len(segment.timesteps)):
                 self._bind(binding, "x", (n, channels), buffers[current].data_ptr())
-                self._bind(binding, "timestep", (n,), base + timesteps.at(index), np.int64)
+                self._bind(binding, "timestep", (n,), timesteps.at(base, index), np.int64)
                 shape = segment.coefficients.shape[1:]
-                self._bind(binding, "coefficients", shape, base + coefficients.at(index))
-                self._bind(binding, "noise", (n, channels), base + noise.at(index))
+                self._bind(binding, "coefficients", shape, coefficients.at(base, index))
+                self._bind(binding, "noise", (n, channels), noise.at(base, index))
                 current = 1 - current
                 target = buffers[current].data_ptr()
                 binding.bind_output("x_next", *self._device, np.float32, [n, channels], target)
@@ -143,7 +128,7 @@ class BoundGraphs:
     def _fixed_step(self, z: BackboneOutput, n: int, channels: int, table: int) -> _FixedStep:
         key = z.shape[0], n
         if key not in self._shapes:
-            branches, width = z.shape[0], z.shape[3]
+            branches, width, full = z.shape[0], z.shape[3], len(self._shapes) >= MAX_FIXED_SHAPES
             x = (self._empty((n, channels)), self._empty((n, channels)))
             inputs = {
                 "z": self._empty((branches, n, width)),
@@ -160,23 +145,17 @@ class BoundGraphs:
                 binding.bind_ortvalue_output("x_next", x[1 - direction])
                 option = self._runtime.RunOptions()
                 # 0 is ONNX Runtime's own, -1 captures nothing.
-                full = len(self._shapes) >= MAX_FIXED_SHAPES
                 option.add_run_config_entry("gpu_graph_id", str(-1 if full else 2 * len(self._shapes) + 1 + direction))
                 bindings.append(binding)
                 options.append(option)
             step = _FixedStep(x=x, bindings=bindings, options=options, **inputs)
-            if len(self._shapes) >= MAX_FIXED_SHAPES:
+            if full:
                 return step
             self._shapes[key] = step
         return self._shapes[key]
 
-    def _rows_of_z(
-        self, z: BackboneOutput, chain: DiffusionChain, rows: int, n: int, x: int, target: Any | None
-    ) -> Any:
-        """z [G, n, D] of the chain's first n rows, into ``target`` if given.
-
-        The bundle's gather_rows graph does it; what it gathers from x and from noise is not needed here.
-        """
+    def _rows_of_z(self, z: BackboneOutput, chain: DiffusionChain, rows: int, n: int, x: int, target: Any) -> Any:
+        """z [G, n, D] of the chain's first n rows, into ``target`` if given; the rest is not needed."""
         session = self._sessions["gather_rows"]
         branches, batch, predicted, width = z.shape
         total, channels = chain.x.shape
@@ -216,35 +195,3 @@ class _FixedStep:
     noise: Any
     bindings: list[Any]
     options: list[Any]
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Where a table [S, ...] lies in the packed bytes: entry k at ``offset + k stride``."""
-
-    offset: int
-    stride: int
-
-    def at(self, index: int) -> int:
-        return self.offset + index * self.stride
-
-
-class _Packed:
-    """Tables of several dtypes in one block of bytes, each entry along the first axis aligned."""
-
-    def __init__(self) -> None:
-        self._blocks: list[NDArray[np.uint8]] = []
-        self._size = 0
-
-    def add(self, table: NDArray[Any]) -> _Table:
-        raw = np.ascontiguousarray(table).reshape(len(table), -1).view(np.uint8)
-        stride = -(-raw.shape[1] // ALIGNMENT) * ALIGNMENT
-        block = np.zeros((len(table), stride), np.uint8)
-        block[:, : raw.shape[1]] = raw
-        self._blocks.append(block)
-        place = _Table(self._size, stride)
-        self._size += block.size
-        return place
-
-    def bytes(self) -> NDArray[np.uint8]:
-        return np.concatenate([block.ravel() for block in self._blocks])

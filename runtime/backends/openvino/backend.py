@@ -26,30 +26,22 @@ from ..protocol import hooked
 from .library import read_onnx, reason
 from .split import Part, has_bfloat16, split, whole
 
-BFLOAT16 = ("cut", "graph", "off")
-"""What becomes of bfloat16 graphs. ``cut``: their networks are compiled with the bfloat16 hint, and what is around them
-in float32, see openvino_split.py. ``graph``: compiled in one piece, every tensor in the graph's own type. ``off``: in
-float32. On a CPU without bfloat16, OpenVINO computes all of them in float32."""
-
 
 class OpenVinoBackend(HostLoopBackend):
-    """Compiled models for a bundle's graphs. Calls from several threads take turns.
-
-    Attributes:
-        description: ``openvino cpu``, and what becomes of bfloat16 graphs.
-    """
+    """Compiled models for a bundle's graphs. Calls from several threads take turns."""
 
     name = "openvino"
 
     def __init__(
-        self, graphs: Mapping[str, Path | GraphFile], threads: int | None = None, *, bfloat16: str | None = None
+        self, graphs: Mapping[str, Path | GraphFile], threads: int | None = None, *, cut: bool | None = None
     ) -> None:
         """Compiles each graph, for all shapes.
 
         Args:
             graphs: graph kind to a bundle's graph, or to an ONNX file of our own making.
             threads: of one call; OpenVINO's default (physical cores) if None.
-            bfloat16: one of ``BFLOAT16``; ``cut`` on CPUs with bfloat16 by default, ``off`` on others.
+            cut: compile the networks of bfloat16 graphs with the bfloat16 hint, and what is around them in float32
+                (split.py); if False, all in float32. By default where the CPU has bfloat16; others compute in float32.
 
         Raises:
             BackendError: OpenVINO is missing, or refuses a graph.
@@ -58,10 +50,8 @@ class OpenVinoBackend(HostLoopBackend):
             openvino = import_openvino()
         except ImportError as error:
             raise BackendError(f"OpenVINO cannot be imported: {reason(error)}; {INSTALL['openvino']}") from None
-        if bfloat16 is not None and bfloat16 not in BFLOAT16:
-            raise BackendError(f"bfloat16 {bfloat16!r} is not one of {', '.join(BFLOAT16)}")
         capable = "BF16" in cpu_capabilities(openvino)
-        self._mode = bfloat16 or ("cut" if capable else "off")
+        cut = capable if cut is None else cut
         self._lock = threading.RLock()
         self._programs: dict[str, Program] = {}
         self._description = "openvino cpu"
@@ -71,12 +61,10 @@ class OpenVinoBackend(HostLoopBackend):
             model = read_onnx(openvino, path)
             low = has_bfloat16(openvino, model)
             if low:
-                said = "bfloat16" if capable and self._mode != "off" else "bfloat16 graphs in float32"
-                self._description = f"openvino cpu, {said}"
-            parts = split(openvino, model, kind) if low and self._mode == "cut" else (whole(model),)
-            typed = low and self._mode == "graph"
+                self._description = f"openvino cpu, {'bfloat16' if capable and cut else 'bfloat16 graphs in float32'}"
+            parts = split(openvino, model, kind) if low and cut else (whole(model),)
             try:
-                self._programs[kind] = Program(openvino, core, parts, threads, typed)
+                self._programs[kind] = Program(openvino, core, parts, threads)
             except BackendError:
                 raise
             except Exception as error:  # OpenVINO's own exceptions share no base class
@@ -135,14 +123,8 @@ class OpenVinoBackend(HostLoopBackend):
 class Program:
     """The compiled parts of one graph, with one request each; values pass between them without copies."""
 
-    def __init__(self, openvino: Any, core: Any, parts: tuple[Part, ...], threads: int | None, typed: bool) -> None:
-        """
-        Args:
-            typed: compute every tensor in its own type.
-
-        Raises:
-            BackendError: OpenVINO would compute in another precision.
-        """
+    def __init__(self, openvino: Any, core: Any, parts: tuple[Part, ...], threads: int | None) -> None:
+        """Raises BackendError where OpenVINO would compute in another precision."""
         self._openvino = openvino
         self._parts = parts
         self._requests: list[Any] = []
@@ -150,20 +132,18 @@ class Program:
         self._names = {name for part in parts for name in part.inputs} - {n for part in parts for n in part.outputs}
         for part in parts:
             types = openvino.Type
-            hint = types.dynamic if typed else types.bf16 if part.lowered else types.f32
+            hint = types.bf16 if part.lowered else types.f32
             compiled = core.compile_model(part.model, "CPU", _settings(hint, threads))
             found = compiled.get_property("INFERENCE_PRECISION_HINT")
             # A CPU without bfloat16 computes in float32 instead, which is never less than what was asked for.
             if found not in (hint, types.f32):
-                names = f"{found.get_type_name()} in place of {hint.get_type_name()}"
-                raise BackendError(f"OpenVINO would compute in {names}")
+                asked = hint.get_type_name()
+                raise BackendError(f"OpenVINO would compute in {found.get_type_name()} in place of {asked}")
             self._requests.append(compiled.create_infer_request())
 
     def bind(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
-        """Hands an input over for all calls until it is bound again; returns the array that OpenVINO reads.
-
-        That is ``value`` itself if it is contiguous and may be written to.
-        """
+        """Hands an input over until it is bound again; returns the array that OpenVINO reads: ``value``, or a copy
+        where that is not contiguous or writable."""
         if name not in self._names:
             raise BackendError(f"the graph has no input {name}")
         array = np.require(value, requirements=["C", "W"])

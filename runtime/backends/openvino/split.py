@@ -1,13 +1,11 @@
 """Cuts a bfloat16 graph for OpenVINO, so that its bfloat16 hint lowers the network and nothing around it.
 
-The hint is for a whole compiled model: on a CPU with bfloat16, OpenVINO also lowers the float32 tensors of it.
-What the exporter keeps in float32 around the network (timesteps up to 999, of which bfloat16 keeps every fourth; the
-projection of raw latents; the arithmetic of the reverse step) therefore has to be compiled on its own. Where to cut is
-read from the types in the graph, whatever its nodes are called:
+The hint is for a whole compiled model, float32 tensors included. What the exporter keeps in float32 around the network
+(timesteps up to 999, of which bfloat16 keeps every fourth; the projection of raw latents; the arithmetic of the reverse
+step) therefore has to be compiled on its own. Where to cut is read from the types in the graph:
 
     before   what no bfloat16 operation comes before, as far as the network needs it: float32
-    network  from the first bfloat16 operation to the last: the hint applies. float32 tensors between them, such as the
-             residual stream, are lowered as well
+    network  from the first bfloat16 operation to the last, the residual stream between them included: the hint applies
     after    what no bfloat16 operation comes after: float32
 """
 
@@ -26,14 +24,8 @@ _SHAPE = "ShapeOf"
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a graph, or all of it.
-
-    Attributes:
-        model: an ``openvino.Model``.
-        lowered: the part whose network is in bfloat16.
-        inputs: tensor names in the model's order: of the graph, or of an earlier part's outputs.
-        outputs: tensor names in the model's order.
-    """
+    """A piece of a graph, or all of it: an ``openvino.Model``, whether it is the network in bfloat16, and its tensors'
+    names in the model's order; inputs are of the graph, or of an earlier part's outputs."""
 
     model: Any
     lowered: bool
@@ -43,8 +35,7 @@ class Part:
 
 def whole(model: Any) -> Part:
     """The graph as one part."""
-    outputs = tuple(_name(output) for output in model.outputs)
-    return Part(model, False, tuple(_name(port) for port in model.inputs), outputs)
+    return Part(model, False, tuple(map(_name, model.inputs)), tuple(map(_name, model.outputs)))
 
 
 def has_bfloat16(openvino: Any, model: Any) -> bool:
@@ -54,9 +45,6 @@ def has_bfloat16(openvino: Any, model: Any) -> bool:
 
 def split(openvino: Any, model: Any, kind: str) -> tuple[Part, ...]:
     """The parts in the order they run, one to three; the whole graph where nothing in it is bfloat16.
-
-    Args:
-        kind: the graph's name, for errors.
 
     Raises:
         BackendError: a float32 product, or a float32 input of the graph, comes in between bfloat16 operations, so that

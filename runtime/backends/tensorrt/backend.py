@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ...bundle.engine_sets import FLAVOURS, EngineSet, choose_engines
 from ...bundle.reader import Bundle
-from ...errors import BackendError, UsageError
+from ...errors import BackendError
 from ...machine.cuda import Cuda
 from ...machine.examine import Machine, examine_machine
 from ...models.families import graph_specs
@@ -24,8 +24,8 @@ from ...sampling.chains import Floats
 from ...sampling.job import GenerationJob, Observer, generation_job
 from ...sampling.noise import SeededNoise
 from ...sampling.plan import SamplingPlan
-from ..protocol import CUDA_GRAPH_MODES, CallHook, GraphCall, hooked
-from .device_layout import padded
+from ..blocks import padded
+from ..protocol import CallHook, GraphCall, hooked
 from .device_program import Capture, DeviceProgram
 from .engine import Engine, EngineCall
 from .library import LogCollector, load_library
@@ -42,21 +42,17 @@ def open_tensorrt(
     checksums: bool = True,
     machine: Machine | None = None,
 ) -> TensorRTBackend:
-    """Opens the bundle's engines of one flavour.
+    """Opens the bundle's newest engines of one of :data:`FLAVOURS` that run on ``machine``, this one if None.
 
     Args:
-        flavour: a key of ``engines.FLAVOURS``.
         device: index of the GPU.
         cuda_graph: one of ``CUDA_GRAPH_MODES``.
         checksums: compare every engine's SHA-256 with the manifest.
-        machine: what this machine has; looked up if None.
 
     Raises:
         BackendError: no engines fit this machine; or library, driver or memory fail.
         BundleError: an engine file is not what the manifest says.
     """
-    if cuda_graph not in CUDA_GRAPH_MODES:
-        raise UsageError(f"CUDA graph mode {cuda_graph!r} is not one of {', '.join(CUDA_GRAPH_MODES)}")
     engines = choose_engines(bundle, machine or examine_machine(), flavour)
     return TensorRTBackend(bundle, engines, device, cuda_graph, checksums)
 
@@ -79,9 +75,8 @@ class TensorRTBackend:
         self._placed: dict[int, int] = {}
         trt = load_library(engines.flavour)
         self._cuda = Cuda(device)
-        self._description = (
-            f"{FLAVOURS[engines.flavour]} {trt.__version__}, {engines.precision}, {self._cuda.device.name}"
-        )
+        library = f"{FLAVOURS[engines.flavour]} {trt.__version__}"
+        self._description = f"{library}, {engines.precision}, {self._cuda.device.name}"
         self._log = LogCollector(trt)
         self._capture = Capture(cuda_graph)
         specs = graph_specs(bundle.architecture, engines.max_batch)
@@ -97,8 +92,6 @@ class TensorRTBackend:
     @property
     def description(self) -> str:
         return self._description
-
-    # --- contexts and their activations --------------------------------------------------------------------------
 
     def call(self, kind: str, sizes: Mapping[str, int]) -> EngineCall:
         """The context for a shape, its activations placed in the arena."""
@@ -120,8 +113,6 @@ class TensorRTBackend:
         self._placed.clear()
         self._arena = self._cuda.allocate(padded(size))
         self._arena_size = padded(size)
-
-    # --- generations ---------------------------------------------------------------------------------------------
 
     def generate(self, job: GenerationJob, observer: Observer | None = None) -> Floats:
         program = self._program(job.plan, len(job.orders))
@@ -155,11 +146,7 @@ class TensorRTBackend:
         return self.run("decoder", {"latents": latents})[0]
 
     def run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """One graph call with plain arrays, uploaded and downloaded; for decoding and for verification.
-
-        Raises:
-            BackendError: a shape is in no profile, or the engine fails.
-        """
+        """One graph call with plain arrays, uploaded and downloaded; for decoding and for verification."""
         return hooked(self.hook, kind, inputs, lambda: self._run(kind, inputs))
 
     def _run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -167,37 +154,26 @@ class TensorRTBackend:
             raise BackendError(f"this bundle has no {kind} engine")
         spec = self._engines[kind].spec
         arrays = {t.name: np.ascontiguousarray(inputs[t.name], dtype=t.dtype) for t in spec.inputs}
-        sizes: dict[str, int] = {}
-        for tensor in spec.inputs:
-            for axis, size in zip(tensor.axes, arrays[tensor.name].shape, strict=True):
-                if isinstance(axis, str):
-                    sizes[axis] = size
+        shapes = [zip(tensor.axes, arrays[tensor.name].shape, strict=True) for tensor in spec.inputs]
+        sizes = {axis: size for shape in shapes for axis, size in shape if isinstance(axis, str)}
         outputs = {t.name: np.empty(t.shape(sizes), dtype=t.dtype) for t in spec.outputs}
         call = self.call(kind, sizes)
         addresses: dict[str, int] = {}
-        buffers = []
         try:
             for name, array in (*arrays.items(), *outputs.items()):
                 addresses[name] = self._cuda.allocate(array.nbytes)
-                buffers.append(addresses[name])
             for name, array in arrays.items():
                 self._cuda.upload(addresses[name], array.ctypes.data, array.nbytes, self._stream)
             call.enqueue(addresses, self._stream)
             for name, array in outputs.items():
                 self._cuda.download(array.ctypes.data, addresses[name], array.nbytes, self._stream)
         finally:
-            self._finish(buffers)
+            try:  # waits first, so that nothing is freed under a running call
+                self._cuda.synchronize(self._stream)
+            finally:
+                for address in addresses.values():
+                    self._cuda.free(address)
         return list(outputs.values())
-
-    def _finish(self, buffers: list[int]) -> None:
-        """Waits, then frees, so that nothing is freed under a running call."""
-        try:
-            self._cuda.synchronize(self._stream)
-        finally:
-            for address in buffers:
-                self._cuda.free(address)
-
-    # --- the end -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Gives everything back, in the order that TensorRT and CUDA want. Nothing works after this."""
@@ -220,9 +196,3 @@ class TensorRTBackend:
         self._arena, self._arena_size, self._stream = 0, 0, 0
         if failure is not None:
             raise failure
-
-    def __enter__(self) -> TensorRTBackend:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -4,15 +4,14 @@ Three areas, each one allocation. *Tables* depend on the plan alone and are uplo
 gives for each generation (positions, conditioning, noise) and go up in one copy. *Work* is never seen by the host, but
 for the finished latents. Knows NumPy and no CUDA.
 
-Engines want every tensor at an address that is a multiple of ``ALIGNMENT``, also the slice of one reverse step. So the
-per-step tables have a padded stride, ``Block.stride``; only the tables that pass through the row graphs are dense.
+Engines want every tensor aligned, also the slice of one reverse step. So the per-step tables have a padded stride; only
+the tables that pass through the row graphs are dense.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,82 +20,18 @@ from ...models.architecture import Architecture
 from ...models.families import family_of
 from ...models.graphs import COEFFICIENTS
 from ...sampling.chains import ChainShape, Floats, Integers, chain_shape, chain_tables
-from ...sampling.diffusion import ReverseProcess
 from ...sampling.job import GenerationJob
 from ...sampling.plan import ARStep, SamplingPlan
 from ...sampling.selection import SCORED_RULES, select
-
-ALIGNMENT = 256
-"""Bytes; what TensorRT's setTensorAddress asks for."""
-
-
-def padded(size: int) -> int:
-    """``size`` rounded up to a multiple of ``ALIGNMENT``."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Block:
-    """One array in an area.
-
-    Attributes:
-        offset: bytes from the area's start.
-        shape: of the array.
-        dtype: float32 or int64.
-        stride: bytes from one entry of the first axis to the next; None for a dense array.
-    """
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: type[Any]
-    stride: int | None = None
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry of the first axis, without padding."""
-        return int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
-
-    @property
-    def bytes(self) -> int:
-        """Bytes from the first to the end of the last entry, padding included."""
-        if self.stride is not None:
-            return self.shape[0] * self.stride
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-
-    def at(self, base: int, index: int = 0) -> int:
-        """Address of the ``index``-th entry of the first axis of a padded block, in an area that starts at ``base``."""
-        return base + self.offset + (index * self.stride if self.stride else 0)
-
-    def view(self, area: NDArray[np.uint8]) -> NDArray[Any]:
-        """The array as a view of a host copy of its area."""
-        raw = area[self.offset : self.offset + self.bytes]
-        if self.stride is None:
-            return raw.view(self.dtype).reshape(self.shape)
-        return raw.reshape(self.shape[0], self.stride)[:, : self.entry_bytes].view(self.dtype).reshape(self.shape)
-
-
-class Area:
-    """Hands out blocks one after another; ``size`` is what must be allocated, in bytes."""
-
-    def __init__(self) -> None:
-        self.size = 0
-
-    def block(self, dtype: type[Any], *shape: int, steps: bool = False) -> Block:
-        """A new block; with ``steps`` its first axis has a padded stride."""
-        dense = Block(self.size, shape, dtype)
-        made = Block(self.size, shape, dtype, padded(dense.entry_bytes)) if steps else dense
-        self.size += padded(max(made.bytes, 1))
-        return made
+from ..blocks import Area, Block
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """The blocks of one AR step. N = B P rows, in the order (image, predicted token); M = B K of them have the longer
-    chain and run alone for ``split.alone`` steps, then all rows run ``split.common`` steps.
+    """The blocks of one AR step, by name, in the areas of inputs and tables. N = B P rows, in the order (image, token);
+    M = B K of them have the longer chain and run alone for ``split.alone`` steps, then all run ``split.common``.
 
     Attributes:
-        inputs: by name, in the inputs area.
-        tables: by name, in the tables area.
         scored: the device ranks the tokens; otherwise the host gives ``rows``.
     """
 
@@ -129,11 +64,12 @@ class DeviceLayout:
             views = {name: block.view(area) for name, block in layout.tables.items()}
             views["guidance"][...] = step.guidance
             chains = chain_tables(split, settings.max_timestep, settings.temperature)
+            part, process = ("_alone", chains.alone) if split.longer else ("", chains.short)
+            views[f"timestep{part}"][...] = process.timesteps[:, None]  # the same for every row
+            views[f"coefficients{part}"][...] = process.coefficients[:, None]
             if not split.longer:
-                _broadcast(views, "timestep", "coefficients", chains.short)
                 continue
-            _broadcast(views, "timestep_alone", "coefficients_alone", chains.alone)
-            for side, process in (("long", chains.long), ("short", chains.short)):
+            for side, process in ("long", chains.long), ("short", chains.short):
                 views[f"timestep_{side}"][...] = process.timesteps
                 views[f"coefficients_{side}"][...] = process.coefficients
             rows = self.batch * step.predicted
@@ -145,23 +81,16 @@ class DeviceLayout:
                 views["direction"][...] = -1.0 if settings.fts == "lowest" else 1.0
 
     def fill_inputs(self, area: NDArray[np.uint8], job: GenerationJob) -> None:
-        """Writes what one generation needs.
-
-        Args:
-            area: uint8 [inputs_size].
-            job: of this plan and batch size.
-        """
+        """Writes what one generation of this plan and batch size needs to ``area`` [inputs_size]."""
         for name, block in self.conditioning.items():
             block.view(area)[...] = job.conditioning[name][: block.shape[0]]
         for layout in self.steps:
             step, split = layout.step, layout.split
             views = {name: block.view(area) for name, block in layout.inputs.items()}
-            seen = job.orders[:, : step.known + step.predicted + step.context]
-            parts = np.split(seen, [step.known, step.known + step.predicted], axis=1)
-            for name, part in zip(("visible", "predict", "context"), parts, strict=True):
-                views[name][...] = part
+            visible, predict, context = step.parts(job.orders)
+            views["visible"][...], views["predict"][...], views["context"][...] = visible, predict, context
             images = np.repeat(np.arange(self.batch), step.predicted)
-            draws = job.noise.draw(images, parts[1].ravel(), split.alone + split.common)
+            draws = job.noise.draw(images, predict.ravel(), split.alone + split.common)
             views["x"][...] = draws[:, 0]
             by_step = draws[:, 1:].transpose(1, 0, 2)
             if split.longer:
@@ -172,7 +101,7 @@ class DeviceLayout:
                 views["noise"][...] = by_step
             if split.longer and not layout.scored:
                 rule, total = self.plan.settings.fts, self.architecture.tokens
-                refined = select(rule, step.refined, parts[1], job.seeds, total)
+                refined = select(rule, step.refined, predict, job.seeds, total)
                 views["rows"][...] = np.flatnonzero(refined == split.refined_longer).reshape(self.batch, -1)
 
     def refined(self, layout: StepLayout, rows: Integers | None) -> NDArray[np.bool_]:
@@ -263,12 +192,6 @@ def _step_layout(step: ARStep, plan: SamplingPlan, batch: int, channels: int, in
     else:
         given["rows"] = inputs.block(np.int64, batch, split.longer)
     return StepLayout(step, split, scored, given, fixed)
-
-
-def _broadcast(views: Mapping[str, NDArray[Any]], timestep: str, coefficients: str, process: ReverseProcess) -> None:
-    """The same reverse steps for every row."""
-    views[timestep][...] = process.timesteps[:, None]
-    views[coefficients][...] = process.coefficients[:, None]
 
 
 def ordered_to_grid(latents: Floats, orders: Integers) -> Floats:

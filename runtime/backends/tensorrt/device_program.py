@@ -23,7 +23,8 @@ from ...sampling.job import GenerationJob, Observer, StepResult
 from ...sampling.loop import not_finite
 from ...sampling.plan import SamplingPlan
 from ...sampling.shapes import step_shapes
-from .device_layout import Block, StepLayout, device_layout, ordered_to_grid
+from ..blocks import Block
+from .device_layout import StepLayout, device_layout, ordered_to_grid
 from .engine import EngineCall
 
 
@@ -67,11 +68,7 @@ class DeviceProgram:
         architecture: Architecture,
         batch: int,
     ) -> None:
-        """Makes the contexts of every shape and allocates.
-
-        Raises:
-            BackendError: a shape is in no profile, or the GPU's memory does not suffice.
-        """
+        """Makes the contexts of every shape and allocates; BackendError where a profile or memory is missing."""
         self._cuda, self._stream, self._engines, self._capture = cuda, stream, engines, capture
         self.layout = device_layout(plan, architecture, batch)
         self._graphs: dict[int | None, int] = {}
@@ -114,11 +111,7 @@ class DeviceProgram:
             self._cuda.free_pinned(buffer)
 
     def run(self, job: GenerationJob, observer: Observer | None = None) -> Floats:
-        """Latents [B, L, C] in grid order.
-
-        Args:
-            job: of this plan and batch size.
-            observer: called after each AR step; AR steps are then separate graphs.
+        """Latents [B, L, C] in grid order. With an observer, AR steps are separate graphs.
 
         Raises:
             BackendError: an engine fails, or gives values that are not finite.
@@ -221,12 +214,10 @@ class DeviceProgram:
         block = self.layout.work["latents"]
         self._cuda.download(self._latents.address, block.at(self._work), block.bytes, self._stream)
         self._cuda.synchronize(self._stream)
-        return block_view(block, self._latents).copy()
+        return self._latents.array.view(block.dtype).reshape(block.shape).copy()
 
     def _show(self, layout: StepLayout, orders: Integers, observer: Observer) -> None:
-        rows = None
-        if layout.split.longer:
-            rows = self._downloaded_rows(layout)
+        rows = self._downloaded_rows(layout) if layout.split.longer else None
         ordered = self._downloaded()
         done = layout.step.known + layout.step.predicted
         ordered[:, done:] = 0  # what an earlier generation left there
@@ -264,8 +255,6 @@ class DeviceProgram:
         for buffer in self._buffers:
             self._cuda.free_pinned(buffer)
         self._addresses, self._buffers = [], []
-
-    # What _StepWork needs.
 
     def base_of(self, layout: StepLayout, name: str) -> tuple[Block, int]:
         """A block by name, of the AR step's inputs, its tables or the work area, and the address of its area."""
@@ -385,8 +374,3 @@ class _StepWork:
 
 
 _TABLES = ("timestep", "coefficients")
-
-
-def block_view(block: Block, buffer: PinnedBuffer) -> Floats:
-    """A block's array in a host buffer that holds it alone."""
-    return buffer.array[: block.bytes].view(block.dtype).reshape(block.shape)

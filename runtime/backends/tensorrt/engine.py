@@ -16,7 +16,7 @@ from ...bundle.engine_sets import FLAVOURS, EngineSet, rebuild_command, uncovere
 from ...bundle.reader import Bundle
 from ...errors import BackendError
 from ...files import atomic_path, cache_dir
-from ...models.graphs import GraphSpec, TensorSpec
+from ...models.graphs import GraphSpec
 from ...sampling.shapes import covering
 from .library import LogCollector
 
@@ -27,20 +27,17 @@ class EngineCall:
     """An execution context at one shape.
 
     Attributes:
-        sizes: axis letter to size.
         memory: bytes of activations that it needs; they may be shared with other calls on the same stream.
     """
 
-    def __init__(self, kind: str, context: Any, sizes: Mapping[str, int], memory: int, log: LogCollector) -> None:
-        self.sizes = dict(sizes)
+    def __init__(self, kind: str, context: Any, memory: int, log: LogCollector) -> None:
         self.memory = memory
         self._kind, self._log = kind, log
         self._context: Any = context
 
     def set_memory(self, address: int, size: int) -> None:
         """Where the activations lie; at least ``memory`` bytes."""
-        context = self._context
-        context.set_device_memory(address, size)
+        self._context.set_device_memory(address, size)
 
     def capturable(self, stream: int) -> bool:
         """Whether the library says that this call may be captured (TensorRT-RTX can tell; TensorRT always may)."""
@@ -53,11 +50,10 @@ class EngineCall:
         Raises:
             BackendError: TensorRT refuses; with the line that it logged.
         """
-        context = self._context
         for name, address in addresses.items():
-            if not context.set_tensor_address(name, address):
+            if not self._context.set_tensor_address(name, address):
                 raise BackendError(f"the {self._kind} engine has no tensor {name}: {self._log.last_error()}")
-        if not context.execute_async_v3(stream):
+        if not self._context.execute_async_v3(stream):
             raise BackendError(f"the {self._kind} engine failed: {self._log.last_error()}")
 
     def close(self) -> None:
@@ -103,24 +99,16 @@ class Engine:
     def __init__(
         self, trt: ModuleType, log: LogCollector, kind: str, path: Path, spec: GraphSpec, bundle: Bundle, own: EngineSet
     ) -> None:
-        """Opens an engine that the manifest says fits.
-
-        Raises:
-            BackendError: TensorRT refuses it after all, or it has other inputs and outputs than the graph.
-        """
+        """Raises BackendError where TensorRT refuses what the manifest says fits, or it has other inputs or outputs."""
         self.kind, self.spec = kind, spec
         self._trt, self._log, self._bundle, self._own = trt, log, bundle, own
         self._calls: dict[tuple[tuple[str, int], ...], EngineCall] = {}
-        runtime = trt.Runtime(log.logger)
+        self._runtime: Any = trt.Runtime(log.logger)
         log.clear()
-        engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        if engine is None:
-            again = rebuild_command(bundle, own.flavour)
-            raise BackendError(
-                f"{FLAVOURS[own.flavour]} {trt.__version__} refuses {path}: {log.last_error()}; rebuild with {again}"
-            )
-        self._runtime: Any = runtime
-        self._engine: Any = engine
+        self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            again = f"{log.last_error()}; rebuild with {rebuild_command(bundle, own.flavour)}"
+            raise BackendError(f"{FLAVOURS[own.flavour]} {trt.__version__} refuses {path}: {again}")
         self._kernels = RuntimeCache(own.graphs[kind].engine.sha256)
         self._check()
 
@@ -132,9 +120,8 @@ class Engine:
             is_input = engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
             dtype = engine.get_tensor_dtype(name)
             found[name] = (is_input, _DTYPES.get(dtype.name, dtype.name))
-        wanted = {t.name: (True, t.dtype) for t in self.spec.inputs} | {
-            t.name: (False, t.dtype) for t in self.spec.outputs
-        }
+        wanted = {t.name: (True, t.dtype) for t in self.spec.inputs}
+        wanted |= {t.name: (False, t.dtype) for t in self.spec.outputs}
         if found != wanted:
             raise BackendError(f"the {self.kind} engine has tensors {found}, the graph has {wanted}")
         held, listed = engine.num_optimization_profiles, len(self._own.graphs[self.kind].profiles)
@@ -169,9 +156,10 @@ class Engine:
         if missing := context.infer_shapes():
             raise BackendError(f"the {self.kind} engine lacks shapes of {', '.join(missing)}")
         for tensor in self.spec.outputs:
-            self._check_output(context, tensor, sizes)
-        memory = int(context.update_device_memory_size_for_shapes())
-        return EngineCall(self.kind, context, sizes, memory, self._log)
+            found, wanted = tuple(context.get_tensor_shape(tensor.name)), tensor.shape(sizes)
+            if found != wanted:
+                raise BackendError(f"the {self.kind} engine gives {tensor.name} {found}, expected {wanted}")
+        return EngineCall(self.kind, context, int(context.update_device_memory_size_for_shapes()), self._log)
 
     def _create_context(self) -> Any:
         """A context whose activations we place. TensorRT-RTX takes its settings in one object."""
@@ -182,17 +170,11 @@ class Engine:
         runtime_config = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(managed)
         # Our graphs outlive the first runs: kernels must be the specialised ones when they are captured.
-        runtime_config.dynamic_shapes_kernel_specialization_strategy = (
-            trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        )
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
         runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         self._kernels.attach(runtime_config)
         return engine.create_execution_context(runtime_config)
-
-    def _check_output(self, context: Any, tensor: TensorSpec, sizes: Mapping[str, int]) -> None:
-        found, wanted = tuple(context.get_tensor_shape(tensor.name)), tensor.shape(sizes)
-        if found != wanted:
-            raise BackendError(f"the {self.kind} engine gives {tensor.name} {found}, expected {wanted}")
 
     def close(self) -> None:
         """Contexts first, then the engine, then its runtime: TensorRT wants them gone in this order."""
@@ -200,5 +182,4 @@ class Engine:
         for call in self._calls.values():
             call.close()
         self._calls.clear()
-        self._engine = None
-        self._runtime = None
+        self._engine = self._runtime = None

@@ -41,12 +41,7 @@ def load_library(flavour: str) -> ModuleType:
 
 
 class LogCollector:
-    """Keeps a library's messages and prints none.
-
-    Attributes:
-        logger: the ``trt.ILogger`` to hand to the library.
-        errors, warnings: texts since the last :meth:`clear`, oldest first.
-    """
+    """Keeps a library's messages since the last :meth:`clear`, oldest first; ``logger`` is what the library wants."""
 
     def __init__(self, trt: ModuleType) -> None:
         self.errors: list[str] = []
