@@ -96,7 +96,7 @@ def test_what_the_cases_spoil_is_sound(tmp_path: Path, legacy: bool) -> None:
     [
         "calls-os.system-zip", "calls-builtins.eval-old", "key-of-2-to-the-100-parts", "500000-keys", "number-nan",
         "key-with-escapes", "code-with-escapes-in-its-name", "tensor-larger-than-its-storage-zip",
-        "archive-deflated", "archive-of-100000-members", "safetensors-name-twice", "safetensors-escapes",
+        "archive-deflated", "archive-of-60000-members", "safetensors-name-twice", "safetensors-escapes",
     ],
 )  # fmt: skip
 def test_build_says_one_line(name: str, tmp_path: Path, export_cli: Callable[..., Result]) -> None:
