@@ -1,44 +1,36 @@
 """Checkpoint files in, checked state dicts out; and random stand-ins for trying the pipeline without any.
 
-A checkpoint is somebody else's file: pickles are read with torch's weights-only reader, which builds tensors and plain
-containers and runs nothing, and what comes out must have exactly the keys and shapes of the model that was asked for.
-Does not know where files come from (download.py), what the weights are used for (reference.py), or whether the numbers
-in them make sense: values are not looked at, because the file is memory-mapped and may be several GB.
+What a file holds must have exactly the keys and shapes of the model that was asked for, and finite numbers. Does not
+know where files come from (download.py), how one is read without trusting it (reading.py), or what the weights are used
+for (networks.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
-import pickle
-import re
-import warnings
-import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...runtime.errors import GtrError
+from ...runtime.errors import printable
 from ...runtime.models.architecture import Architecture
 from ...runtime.models.families import known_models
 from ...runtime.models.mar import MarArchitecture
 from ..families import export_family
 from ..graphs.decoders import build_decoder
+from .reading import read_checkpoint, refusal
 
 HEAD_PREFIX = "diffloss.net."
 VAE_UNUSED = ("encoder.", "quant_conv.", "loss.", "model_ema.")
 """Parts of a VAE file that decoding does not need."""
 
-_NAMED = 3  # an error names this many keys of a kind, then counts the rest
-_LONGEST_NAME = 100
-_LONGEST_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
+_NAMED = 3  # an error names this many keys of its only kind, one of several kinds, then counts the rest
+_LONGEST_NAME = 40
 
 
 def load_mar(path: Path, architecture: Architecture) -> tuple[dict[str, Tensor], str]:
@@ -54,9 +46,10 @@ def load_mar(path: Path, architecture: Architecture) -> tuple[dict[str, Tensor],
         ``state dict`` or ``safetensors``.
 
     Raises:
-        GtrError: no such file, not a checkpoint, a pickle with code in it, or another model's weights.
+        GtrError: no such file, not a checkpoint, one that cannot be read safely, another model's weights, or weights
+            that are not finite.
     """
-    content, kind = _read(path)
+    content, kind = read_checkpoint(path)
     state, taken = content, kind
     if isinstance(content.get("model_ema"), Mapping):
         state, taken = content["model_ema"], "model_ema"
@@ -66,8 +59,8 @@ def load_mar(path: Path, architecture: Architecture) -> tuple[dict[str, Tensor],
     problems = compare(state, expected)
     if problems:
         hint = _mar_hint(state, architecture)
-        raise GtrError(f"{path} does not hold the weights of {architecture.name}: {problems}; {hint}")
-    return {key: state[key].detach() for key in expected}, taken
+        raise refusal(path, f"does not hold the weights of {architecture.name}: {problems}; {hint}")
+    return _usable(path, state, expected), taken
 
 
 def load_vae_decoder(path: Path, architecture: Architecture) -> dict[str, Tensor]:
@@ -82,11 +75,12 @@ def load_vae_decoder(path: Path, architecture: Architecture) -> dict[str, Tensor
         Exactly the keys of ``models.decoders.Kl16Decoder``; empty for a model that decodes by itself.
 
     Raises:
-        GtrError: no such file, not a checkpoint, a pickle with code in it, or not a KL-16 VAE.
+        GtrError: no such file, not a checkpoint, one that cannot be read safely, not a KL-16 VAE, or weights that are
+            not finite.
     """
     if not architecture.decoder.has_weights:
         return {}
-    content, _ = _read(path)
+    content, _ = read_checkpoint(path)
     nested = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
     state = {key: value for key, value in nested.items() if not str(key).startswith(VAE_UNUSED)}
     expected = expected_vae_decoder(architecture)
@@ -95,79 +89,8 @@ def load_vae_decoder(path: Path, architecture: Architecture) -> dict[str, Tensor
         hint = "give a KL-16 VAE with --vae"
         if looks_like(nested) is not None:
             hint = "this looks like a MAR checkpoint, give it with --checkpoint"
-        raise GtrError(f"{path} does not hold the VAE decoder of {architecture.name}: {problems}; {hint}")
-    return {key: state[key].detach() for key in expected}
-
-
-# Reading
-
-
-def _read(path: Path) -> tuple[Mapping[Any, Any], str]:
-    """The file's top-level mapping, and ``safetensors`` or ``state dict``."""
-    try:
-        if path.is_dir():
-            raise GtrError(f"{path} is a folder, not a checkpoint; give the file in it")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(9)
-    except FileNotFoundError:
-        raise GtrError(f"{path} does not exist; give a checkpoint file") from None
-    except OSError as error:
-        raise GtrError(f"cannot read {path} ({error.strerror}); give a checkpoint file that you may read") from None
-    if size == 0:
-        raise GtrError(f"{path} is empty (0 bytes); download it again")
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_SAFETENSORS_HEADER:
-        try:
-            return load_file(path), "safetensors"
-        except (SafetensorError, ValueError, OSError) as error:
-            raise GtrError(f"{path} is a damaged .safetensors file ({_line(error)}); download it again") from None
-    is_zip = start.startswith(b"PK\x03\x04")
-    if is_zip and not zipfile.is_zipfile(path):
-        raise GtrError(f"{path} is cut short: {size} bytes and no end of the archive; download it again")
-    if not is_zip and not start.startswith(b"\x80"):
-        raise GtrError(f"{path} is not a checkpoint: neither .safetensors nor a file that torch.save wrote")
-    content = _read_pickle(path, is_zip)
-    if not isinstance(content, Mapping):
-        raise GtrError(f"{path} holds a {type(content).__name__}, not a state dict; give a checkpoint file")
-    return content, "state dict"
-
-
-def _read_pickle(path: Path, is_zip: bool) -> Any:
-    """``torch.load`` without code: tensors, containers, numbers, strings and ``argparse.Namespace``, nothing else."""
-    try:
-        # The Namespace is what the original training script stores its arguments in. The warnings would only repeat,
-        # in many lines, what the error below says in one.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise GtrError(_refusal(path, str(error))) from None
-    except Exception as error:  # a damaged or hostile file can make the reader fail in any way at all
-        raise GtrError(f"{path} is damaged or not a checkpoint ({_line(error)}); download it again") from None
-
-
-def _refusal(path: Path, message: str) -> str:
-    advice = "refused. Convert it to .safetensors on a machine you trust"
-    found = re.search(r"GLOBAL ([\w.]+)", message)
-    if found:
-        name = found.group(1)[:_LONGEST_NAME]
-        # torch drops the module of a builtin, and names the platform's module where Python says os.
-        name = re.sub(r"^(posix|nt)\.", "os.", name if "." in name else f"builtins.{name}")
-        return f"{path} holds Python code ({name}), not only weights; {advice}"
-    found = re.search(r"Unsupported operand \d+", message)
-    reason = found.group(0) if found else "more than tensors and plain containers"
-    return f"{path} holds a pickle that cannot be read safely ({reason}); {advice}"
-
-
-def _line(error: Exception) -> str:
-    """An exception's first line, kept short."""
-    text = _printable(str(error).strip().partition("\n")[0])
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _printable(text: str) -> str:
-    """Text from a file, fit for one line of a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)[:_LONGEST_NAME]
+        raise refusal(path, f"does not hold the VAE decoder of {architecture.name}: {problems}; {hint}")
+    return _usable(path, state, expected)
 
 
 # Checking
@@ -195,7 +118,7 @@ def _shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
 def compare(state: Mapping[Any, Any], expected: Mapping[str, tuple[int, ...]]) -> str:
     """What is wrong with a state dict: missing, unexpected and wrong entries, a few of each; empty if nothing is."""
     missing = [key for key in expected if key not in state]
-    unexpected = [_printable(str(key)) for key in state if key not in expected]
+    unexpected = [printable(str(key), _LONGEST_NAME) for key in state if key not in expected]
     wrong: list[str] = []
     for key, shape in expected.items():
         if key not in state:
@@ -207,13 +130,45 @@ def compare(state: Mapping[Any, Any], expected: Mapping[str, tuple[int, ...]]) -
             wrong.append(f"{key} is {_size(value.shape)}, not {_size(shape)}")
         elif not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
             wrong.append(f"{key} is {value.dtype} ({value.layout}, on {value.device.type}), not plain floating point")
-    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong:", wrong))
-    return "; ".join(f"{kind} {_few(items)}" for kind, items in kinds if items)
+    kinds = [
+        (kind, found) for kind, found in (("missing", missing), ("unexpected", unexpected), ("wrong:", wrong)) if found
+    ]
+    return "; ".join(f"{kind} {_few(found, 1 if len(kinds) > 1 else _NAMED)}" for kind, found in kinds)
 
 
-def _few(items: Sequence[str]) -> str:
-    rest = len(items) - _NAMED
-    return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+def _repeats(value: Tensor) -> bool:
+    """Whether strides let one number of the file stand for several weights: a few bytes could claim to be terabytes."""
+    reach = 0
+    for stride, length in sorted(zip(value.stride(), value.shape, strict=True)):
+        if length > 1 and stride <= reach:
+            return True
+        reach += stride * (length - 1)
+    return False
+
+
+def _usable(path: Path, state: Mapping[Any, Any], keys: Iterable[str]) -> dict[str, Tensor]:
+    """These weights of a state dict, each number in its own place and finite as float32."""
+    weights = {key: state[key].detach() for key in keys}
+    lying = [key for key, value in weights.items() if _repeats(value)]
+    if lying:
+        raise refusal(path, f"holds fewer numbers than weights: those of {_few(lying)} lie upon each other; refused")
+    bad = []
+    for key, value in weights.items():
+        if not all(map(math.isfinite, map(float, value.float().aminmax()))):  # NaN comes through; no mask in memory
+            bad.append((key, value.float()))
+    if bad:
+        key, value = bad[0]
+        amounts = ((value.isnan(), "NaN"), (value.isinf(), "infinite"))
+        counts = " and ".join(f"{int(found.sum())} {kind}" for found, kind in amounts if found.any())
+        more = f", and {len(bad) - 1} more tensors have such" if len(bad) > 1 else ""
+        advice = "the training that wrote it went wrong; give an earlier checkpoint"
+        raise refusal(path, f"has weights that are not finite: {key} has {counts} of {value.numel()}{more}; {advice}")
+    return weights
+
+
+def _few(items: Sequence[str], named: int = _NAMED) -> str:
+    rest = len(items) - named
+    return ", ".join(items[:named]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _size(shape: Sequence[int]) -> str:

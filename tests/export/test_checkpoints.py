@@ -144,7 +144,7 @@ class TestCodeInACheckpoint:
 
         path = tmp_path / "a.pth"
         path.write_bytes(pickle.dumps({"model_ema": Trap()}, protocol=protocol))
-        expected = {0: "is not a checkpoint", 2: "holds Python code (os.system)", 4: "Unsupported operand"}
+        expected = {0: "is not a checkpoint", 2: "holds Python code (os.system)", 4: "opcode FRAME"}
         assert expected[protocol] in refusal(path)
         assert not (tmp_path / "marker").exists()
 
@@ -168,7 +168,7 @@ class TestFilesThatAreNoCheckpoint:
 
     def test_below_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_bytes(b"x")
-        assert "cannot read" in refusal(tmp_path / "a" / "b.pth")
+        assert "cannot be read" in refusal(tmp_path / "a" / "b.pth")
 
     def test_empty(self, tmp_path: Path) -> None:
         (tmp_path / "a.pth").touch()
@@ -215,15 +215,15 @@ class TestWrongWeights:
         message = refusal(tmp_path / "a.pth")
         assert "does not hold the weights of mar-tiny" in message
         assert "missing " in message
-        assert "unexpected module.fake_latent, module." in message
-        assert message.count("and 2 more") == 2
+        assert "unexpected module.fake_latent and 4 more" in message
+        assert message.count("and 4 more") == 2
         assert "wrong: decoder_norm.weight is 65, not 64" in message
         assert message.endswith("check --model and --checkpoint")
 
     def test_another_model_of_the_zoo_is_recognised(self, tmp_path: Path) -> None:
         torch.save({"model_ema": outline(expected_mar(ARCHITECTURES["mar-b"]))}, tmp_path / "a.pth")
         message = refusal(tmp_path / "a.pth", ARCHITECTURES["mar-l"])
-        assert "wrong: fake_latent is 1x768, not 1x1024, " in message
+        assert "wrong: fake_latent is 1x768, not 1x1024 and " in message
         assert "this looks like mar-b, try --model mar-b" in message
 
     def test_the_same_sizes_with_a_fault_give_no_such_hint(self, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ class TestWrongWeights:
         assert complaint in compare({"x": value}, {"x": (2,)})
 
     def test_keys_with_control_characters_stay_on_one_line(self) -> None:
-        assert compare({"a\n\x1b[31mb": 1, 7: 2}, {}) == "unexpected a??[31mb, 7"
+        assert compare({"a\n\x1b[31mb": 1, 7: 2}, {}) == r"unexpected a\n\x1b[31mb, 7"
 
     def test_parameter_counts_of_the_published_models(self) -> None:
         counts = {"mar-b": 207_924_768, "mar-l": 478_326_304, "mar-h": 942_403_104}
@@ -310,11 +310,11 @@ class TestVae:
     @pytest.mark.parametrize("layout", ["model", "state_dict", "plain", "safetensors"])
     def test_layouts(self, tmp_path: Path, layout: str) -> None:
         architecture = ARCHITECTURES["mar-b"]
-        state = outline(expected_vae_decoder(architecture))
+        state = {key: torch.zeros(shape).half() for key, shape in expected_vae_decoder(architecture).items()}
         rest = {key: torch.zeros(2) for key in ("encoder.a", "quant_conv.weight", "loss.b", "model_ema.decay")}
         path = tmp_path / "vae"
         if layout == "safetensors":
-            save_file({key: value.half().contiguous() for key, value in {**state, **rest}.items()}, path)
+            save_file({**state, **rest}, path)
         else:
             torch.save({**state, **rest} if layout == "plain" else {layout: {**state, **rest}}, path)
         assert list(load_vae_decoder(path, architecture)) == list(expected_vae_decoder(architecture))
