@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 
-def printable(text: str) -> str:
-    """The text with a ``?`` for every character that could move a terminal's cursor, or cannot be written."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 class GtrError(Exception):
     """Something went wrong that the user can act on; the commands print it as one line and exit with 1."""
 

@@ -387,7 +387,7 @@ def _explained(document: Any, error: msgspec.ValidationError) -> str:
                 key = int(index)
             value = value[key]
             where += f"[{key}]" if isinstance(key, int) else f"{'.' * bool(where)}{key}"
-    return printable(f"{where[:100] or 'manifest'}: {text}, found {shortened(value)}")
+    return printable(f"{where or 'manifest'}: {text}, found {shortened(value)}", 250)
 
 
 def _refused(document: Any, message: str) -> bool:

@@ -60,7 +60,7 @@ class CommandGroup(click.Group):
 
 
 def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))
+    return printable(" ".join(text.split()), 2000)
 
 
 def print_json(value: Any) -> None:

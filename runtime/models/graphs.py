@@ -101,7 +101,7 @@ def contract_difference(found: Contract, expected: Contract) -> str | None:
         for index in range(max(len(here), len(there))):
             pair = [signature(tensors[index : index + 1], ()).removesuffix(" -> ") for tensors in (here, there)]
             if pair[0] != pair[1]:
-                said = [printable(text)[:80] or "none" for text in pair]
+                said = [printable(text, 80) or "none" for text in pair]
                 return f"{side} {index + 1} is {said[0]}, expected {said[1]}"
     return None
 

@@ -62,7 +62,7 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
         (lambda m: m.update(schema=2.0), "schema: Expected `int`, got `float`, found 2.0"),
         (lambda m: m.pop("schema"), "schema null"),
         (lambda m: m.update(extra=1), "manifest: Object contains unknown field `extra`"),
-        (lambda m: m.update({"a\nb": 1}), "unknown field `a?b`"),
+        (lambda m: m.update({"a\nb": 1}), "unknown field `a\\nb`"),
         (lambda m: m.update({"x - at `$.graphs[...].y": 1}), "unknown field"),
         (lambda m: m.pop("tools"), "manifest: Object missing required field `tools`"),
         (lambda m: m.update(graphs=[]), "graphs: Expected `object`, got `array`, found []"),

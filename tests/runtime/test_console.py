@@ -51,7 +51,7 @@ def test_unforeseen_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
     result = runner().invoke(group, ["run"])
     assert result.exit_code == 1
-    assert result.stderr == "tool: unforeseen error, ZeroDivisionError: by ?[0mnought; GTR_DEBUG=1 shows where\n"
+    assert result.stderr == "tool: unforeseen error, ZeroDivisionError: by \\x1b[0mnought; GTR_DEBUG=1 shows where\n"
     monkeypatch.setenv("GTR_DEBUG", "1")
     assert isinstance(runner().invoke(group, ["run"]).exception, ZeroDivisionError)
 
