@@ -39,8 +39,8 @@ FLOAT32_PARTS = ("layernorm", "groupnorm", "softmax", "residual", "latent_projec
 """What stays float32 in a half-precision bundle; export/graphs/layers.py makes it so."""
 
 STAGE_VERSIONS = {
-    "backbone": 1, "diffusion_step": 1, "detail_score": 1, "decoder": 1,
-    "select_rows": 1, "gather_rows": 1, "merge_rows": 1,
+    "backbone": 2, "diffusion_step": 2, "detail_score": 2, "decoder": 2,
+    "select_rows": 2, "gather_rows": 2, "merge_rows": 2,
 }  # fmt: skip
 """Raise a graph's number when what is exported computes something else, or the same in another way that people should
 get: a change in export/graphs, in export/networks.py, or in the parts of runtime/sampling that they use. Its

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ...runtime.bundle.manifest import Source, WeightsFile
 from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
-from ...runtime.errors import GtrError, UsageError
+from ...runtime.errors import GtrError, UsageError, printable
+from ...runtime.files import cache_dir
 from ...runtime.models.architecture import Architecture
 from ..zoo import MODELS
-from .digests import file_sha256
+from .digests import file_sha256, known_file
 from .download import find_or_download
 from .request import BuildRequest
 
@@ -87,7 +88,7 @@ class Weights:
 
 
 def _file(path: Path | None) -> WeightsFile | None:
-    return None if path is None else WeightsFile(str(path.resolve()), file_sha256(path))
+    return None if path is None else WeightsFile(printable(str(path.resolve()), 1000), file_sha256(path))
 
 
 def resolve_weights(request: BuildRequest, reporter: Reporter) -> Weights:
@@ -108,9 +109,9 @@ def resolve_weights(request: BuildRequest, reporter: Reporter) -> Weights:
     if checkpoint is None:
         if entry.checkpoint is None:
             raise GtrError(f"{request.model} has no published weights; give a file with --checkpoint")
-        checkpoint = find_or_download(entry.checkpoint, f"{request.model}/checkpoint-last.pth", reporter)
+        checkpoint = find_or_download(entry.checkpoint, cached_name(request.model, "checkpoint"), reporter)
     if vae is None and entry.vae is not None:
-        vae = find_or_download(entry.vae, "vae/kl16.ckpt", reporter)
+        vae = find_or_download(entry.vae, cached_name(request.model, "vae"), reporter)
     return Weights(entry.architecture, checkpoint, vae, None, reporter)
 
 
@@ -120,34 +121,49 @@ def weights_of_bundle(
     """The weights that a bundle was built from, if they can be found again; else None and why.
 
     Args:
-        bundle: its manifest names the files and their SHA-256.
-        checkpoint, vae: files to use instead of the recorded paths; their SHA-256 must match.
+        bundle: its manifest has the SHA-256 of the files; the paths that it names are never opened.
+        checkpoint, vae: the files, if somebody says where they are; their SHA-256 must match.
 
     Raises:
         GtrError: a named file is not the one that the bundle was built from.
     """
     source = bundle.manifest.source
-    paths: dict[str, Path | None] = {"checkpoint": checkpoint, "vae": vae}
-    for name, recorded in (("checkpoint", source.checkpoint), ("vae", source.vae)):
-        given = paths[name]
+    paths: dict[str, Path | None] = {}
+    for name, given, recorded in (("checkpoint", checkpoint, source.checkpoint), ("vae", vae, source.vae)):
         if recorded is None:
             paths[name] = None
-            continue
-        candidate = given or _recorded_path(bundle, name, Path(recorded.path))
-        if not candidate.is_file():
-            return None, f"the {name} it was built from ({recorded.path}) is not here; give it with --{name}"
-        if (found := file_sha256(candidate)) != recorded.sha256:
-            line = f"{candidate} has sha256 {found[:12]}…, the bundle was built from {recorded.sha256[:12]}…"
-            if given is not None:
-                raise GtrError(line)
-            return None, line
-        paths[name] = candidate
+        elif given is None:
+            paths[name] = find_weights(bundle.architecture.name, name, recorded.sha256)
+            if paths[name] is None:
+                return None, f"the {name} it was built from ({recorded.path}) is not known here; give it with --{name}"
+        elif not given.is_file():
+            raise UsageError(f"--{name} {given} is not a file")
+        elif (found := file_sha256(given)) != recorded.sha256:
+            raise GtrError(f"{given} has sha256 {found[:12]}…, the bundle was built from {recorded.sha256[:12]}…")
+        else:
+            paths[name] = given
     return Weights(bundle.architecture, paths["checkpoint"], paths["vae"], source.random_weights, reporter), ""
 
 
-def _recorded_path(bundle: Bundle, name: str, path: Path) -> Path:
-    """The recorded path, or the package's own weights where the bundle came from another installation."""
-    entry = MODELS.get(bundle.architecture.name)
-    if not path.is_file() and name == "checkpoint" and entry is not None and entry.shipped is not None:
-        return entry.shipped
-    return path
+def find_weights(model: str, name: str, digest: str) -> Path | None:
+    """The file with this SHA-256: one that somebody here has built from, the package's own, or a downloaded one.
+
+    Args:
+        model: name of the model.
+        name: ``checkpoint`` or ``vae``.
+    """
+    if (known := known_file(digest)) is not None:
+        return known
+    entry = MODELS.get(model)
+    if entry is None:
+        return None
+    candidates = [entry.shipped if name == "checkpoint" else None, cache_dir() / cached_name(model, name)]
+    for path in candidates:
+        if path is not None and path.is_file() and file_sha256(path) == digest:
+            return path
+    return None
+
+
+def cached_name(model: str, name: str) -> str:
+    """Where a download lies in :func:`~...runtime.files.cache_dir`."""
+    return f"{model}/checkpoint-last.pth" if name == "checkpoint" else "vae/kl16.ckpt"

@@ -95,7 +95,7 @@ def build_engines(request: EngineRequest, reporter: Reporter, machine: Machine |
         plans = engine_plans(request.plans, bundle.architecture, bundle.plan_defaults)
         specs = graph_specs(bundle.architecture, max_batch)
         wanted = engine_profiles(plans.values(), specs, max_batch)
-        files = bundle.graph_paths()
+        files = bundle.graph_files()
         engines = EngineSet(
             target.flavour, target.version, target.compute_capabilities, target.gpu, target.system,
             target.hardware_compatible, tuple(plans), max_batch, bundle.precision, request.optimization_level, {},

@@ -22,6 +22,7 @@ from typing import Any
 
 from ...runtime.backends.tensorrt.library import LogCollector
 from ...runtime.bundle.engine_sets import FLAVOURS
+from ...runtime.bundle.graph_file import GraphFile
 from ...runtime.commands.console import Phases, Reporter
 from ...runtime.errors import BackendError
 from ...runtime.files import atomic_path, cache_dir
@@ -60,7 +61,7 @@ class BuiltGraph:
 
 
 def build_graph(
-    onnx_file: Path,
+    graph: GraphFile,
     spec: GraphSpec,
     profiles: Sequence[Profile],
     target: Target,
@@ -68,9 +69,10 @@ def build_graph(
     out: Path,
     reporter: Reporter,
 ) -> BuiltGraph:
-    """Builds ``out`` from an ONNX file; data beside the file is found by its path.
+    """Builds ``out`` from a graph; data beside the file is found by its path.
 
     Raises:
+        BundleError: its files were replaced meanwhile.
         BackendError: Polygraphy is missing, the graph does not parse, or it cannot be built; the first line names the
             graph, and each error of the library has a line.
         KeyboardInterrupt: Ctrl-C during the build; nothing has been written.
@@ -82,7 +84,7 @@ def build_graph(
         phases.start("parse")
         builder = trt.Builder(log.logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        _parse(trt, network, log, onnx_file, spec)
+        _parse(trt, network, log, graph, spec)
         layers = network_layers(trt, network)
         phases.finish("parse")
         with _cancelled_by_ctrl_c() as cancelled:
@@ -111,9 +113,10 @@ def build_graph(
     return BuiltGraph(seconds, audit, tuple(f"{spec.kind}: {text}" for text in said))
 
 
-def _parse(trt: ModuleType, network: Any, log: LogCollector, onnx_file: Path, spec: GraphSpec) -> None:
+def _parse(trt: ModuleType, network: Any, log: LogCollector, graph: GraphFile, spec: GraphSpec) -> None:
     parser = trt.OnnxParser(network, log.logger)
-    if parser.parse_from_file(str(onnx_file)):
+    if parser.parse(graph.model, str(graph.path)):
+        graph.confirm()
         return
     lines = []
     for index in range(parser.num_errors):
@@ -122,7 +125,7 @@ def _parse(trt: ModuleType, network: Any, log: LogCollector, onnx_file: Path, sp
         if parser_error.node_name() or parser_error.node_operator():
             where += f" {parser_error.node_name()!r} ({parser_error.node_operator()})"
         lines.append(f"{where}: {parser_error.desc()}")
-    first = f"the {spec.kind} graph {onnx_file} does not parse: {len(lines)} errors"
+    first = f"the {spec.kind} graph {graph.path} does not parse: {len(lines)} errors"
     raise BackendError("\n".join([first, *(lines or [log.last_error()])]))
 
 

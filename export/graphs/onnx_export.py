@@ -16,7 +16,9 @@ import onnx
 import torch
 from torch import nn
 
-from ...runtime.errors import GtrError
+from ...runtime.bundle.graph_file import check_graph
+from ...runtime.bundle.manifest import data_file
+from ...runtime.errors import BundleError, GtrError
 from ...runtime.models.graphs import OPSETS, GraphSpec, TensorSpec
 from .diffusion_head import TimestepEmbedder
 from .layers import transpose_for_export
@@ -70,35 +72,27 @@ def export_graph(module: nn.Module, spec: GraphSpec, precision: str, path: Path)
                 raise GtrError(f"PyTorch's exporter returned nothing for the {spec.kind} graph")
             _name_axes(program.model.graph.inputs, spec.inputs)
             _name_axes(program.model.graph.outputs, spec.outputs)
+            for node in program.model.graph:  # where its source lies on this machine
+                node.metadata_props.clear()
             program.save(str(path), external_data=weight_bytes > EXTERNAL_DATA_BYTES)
     except torch.onnx.OnnxExporterError as error:
         raise GtrError(f"PyTorch could not export the {spec.kind} graph: {str(error).splitlines()[0]}") from error
-    check_graph(path, spec, precision)
+    check_written(path, spec, precision)
 
 
-def check_graph(path: Path, spec: GraphSpec, precision: str) -> None:
-    """Checks a written graph against ONNX's rules and against its contract.
+def check_written(path: Path, spec: GraphSpec, precision: str) -> None:
+    """Checks a written graph against ONNX's rules, and as every reader of a bundle will.
 
     Raises:
-        GtrError: invalid ONNX, wrong opset, or inputs, outputs, dtypes or axes that differ from ``spec``.
+        GtrError: invalid ONNX, or anything that :func:`~...runtime.bundle.graph_file.check_graph` refuses.
     """
     onnx.checker.check_model(str(path))
-    model = onnx.load(str(path), load_external_data=False)
-    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
-    if opset != OPSETS[precision]:
-        raise GtrError(f"{path.name}: opset {opset}, expected {OPSETS[precision]}")
-    for found, wanted in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):
-        described = [_describe(value) for value in found]
-        expected = [(t.name, t.dtype, t.axes) for t in wanted]
-        if described != expected:
-            raise GtrError(f"{path.name}: the exporter wrote {described}, the contract is {expected}")
-
-
-def _describe(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
-    tensor = value.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    axes = tuple(d.dim_param if d.HasField("dim_param") else d.dim_value for d in tensor.shape.dim)
-    return value.name, dtype, axes
+    data = data_file(path)
+    name, size = (data.name, data.stat().st_size) if data.is_file() else (None, 0)
+    try:
+        check_graph(path.read_bytes(), spec.inputs, spec.outputs, OPSETS[precision], name, size)
+    except BundleError as error:
+        raise GtrError(f"{path.name}: {error}") from None
 
 
 def _name_axes(values: Sequence, specs: Sequence[TensorSpec]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 from ...runtime.backends.protocol import Backend
 from ...runtime.backends.row import BackendOptions, BackendRow
 from ...runtime.bundle.reader import Bundle
 from ...runtime.machine.examine import Machine
 from ...runtime.models.graphs import QUANTISED
-from ..zoo import MODELS
+from ..build.sources import find_weights
 
 
 def _open(bundle: Bundle, options: BackendOptions, checksums: bool) -> Backend:
@@ -39,12 +38,10 @@ def _lacks(machine: Machine) -> str:
 def _refuses(bundle: Bundle, machine: Machine) -> str:
     if bundle.precision in QUANTISED:
         return f"the torch backend has no precision {bundle.precision}"
-    entry = MODELS.get(bundle.architecture.name)
-    if entry is not None and entry.shipped is not None:
-        return ""
-    for recorded in (bundle.manifest.source.checkpoint, bundle.manifest.source.vae):
-        if recorded is not None and not Path(recorded.path).is_file():
-            return f"PyTorch reads the checkpoint, not the graphs, and {recorded.path} is not on this machine"
+    source = bundle.manifest.source
+    for name, recorded in (("checkpoint", source.checkpoint), ("vae", source.vae)):
+        if recorded is not None and find_weights(bundle.architecture.name, name, recorded.sha256) is None:
+            return f"PyTorch reads the {name}, not the graphs, and the one of this bundle is not known on this machine"
     return ""
 
 

@@ -29,8 +29,10 @@ from ...runtime.backends.protocol import Backend
 from ...runtime.backends.row import BackendOptions
 from ...runtime.backends.tensorrt.backend import TensorRTBackend
 from ...runtime.bundle.engine_sets import FLAVOURS, EngineSet, choose_engines
+from ...runtime.bundle.graph_file import GraphFile
 from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
+from ...runtime.commands.watch import watch_calls
 from ...runtime.errors import BackendError, BundleError, GtrError
 from ...runtime.machine.examine import examine_machine
 from ...runtime.models.families import family_of, graph_specs
@@ -210,6 +212,7 @@ def _loads(
     try:
         with reporter.stage("checksums and loading"):
             backend = TensorRTBackend(bundle, engines) if engines else _opened(bundle, report.engine, scratch)
+            watch_calls(backend)
     except (BundleError, BackendError) as error:
         report.checks.append(Check("loads", "all graphs", "failed", note=str(error)))
         return None
@@ -233,12 +236,13 @@ def _loads(
 def _opened(bundle: Bundle, engine: str, scratch: Path) -> Backend:
     if engine != "onnxruntime":
         return open_backend(bundle, BackendOptions(engine))
-    paths = bundle.graph_paths(target="cpu")
+    graphs: Mapping[str, GraphFile | Path] = bundle.graph_files(target="cpu")
     if bundle.precision == "bf16":
         from ..graphs.bfloat16 import widen
 
-        paths = {kind: widen(path, scratch / path.name) for kind, path in paths.items()}
-    return OnnxRuntimeBackend(paths, optimised=bundle.precision != "fp8")
+        paths = bundle.graph_paths(target="cpu")
+        graphs = {kind: widen(path, scratch / path.name) for kind, path in paths.items()}
+    return OnnxRuntimeBackend(graphs, optimised=bundle.precision != "fp8")
 
 
 @dataclass

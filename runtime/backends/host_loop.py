@@ -26,6 +26,8 @@ class HostLoopBackend(ABC):
     name: str
     hook: CallHook | None = None
     whole_generations = False
+    calling: tuple[str, float] | None = None
+    """Kind of the graph that is being called, and since when (``time.monotonic``)."""
 
     @abstractmethod
     def run_graph(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:

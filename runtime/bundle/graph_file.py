@@ -125,6 +125,11 @@ class GraphFile:
     model: bytes
     stamps: tuple[tuple[Path, tuple[int, ...]], ...] = ()
 
+    @classmethod
+    def own(cls, path: Path) -> GraphFile:
+        """A graph of our own making, as it is."""
+        return cls(path, path.read_bytes())
+
     def confirm(self) -> None:
         """To be called once a library has opened the files by their names: they are still those that were compared.
 

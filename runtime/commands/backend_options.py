@@ -69,11 +69,13 @@ def load_pipeline(bundle: Bundle, engine: BackendOptions, reporter: Reporter) ->
         BundleError, BackendError, UsageError: see :meth:`Pipeline.load`.
     """
     from ..pipeline import Pipeline
+    from .watch import watch_calls
 
     with reporter.stage(f"load {bundle.folder}"):
         pipeline = Pipeline.load(
             bundle, engine.backend, engine.threads, True, engine.provider, engine.device, engine.cuda_graph
         )
+    watch_calls(pipeline.backend)
     if pipeline.backend_why:
         reporter.say(f"backend {pipeline.backend.name}: {pipeline.backend_why}")
     return pipeline

@@ -18,6 +18,7 @@ from gtr_deploy.export.build.request import BuildRequest
 from gtr_deploy.export.engines.graph import BuildSettings, BuiltGraph, build_graph
 from gtr_deploy.export.engines.target import Target, choose_target
 from gtr_deploy.export.verify.graph_inputs import graph_inputs
+from gtr_deploy.runtime.bundle.graph_file import GraphFile
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Phases, Reporter
 from gtr_deploy.runtime.errors import BackendError
@@ -49,8 +50,8 @@ def build_one(
     bundle = Bundle.load(folder)
     spec = graph_specs(bundle.architecture, bundle.max_batch)[kind]
     settings = BuildSettings(precision or bundle.precision, optimization_level=0)
-    onnx_file = folder / bundle.graphs[kind].model.file
-    return build_graph(onnx_file, spec, [contract_profile(spec)], target, settings, out, reporter)
+    graph = GraphFile.own(folder / bundle.graphs[kind].model.file)
+    return build_graph(graph, spec, [contract_profile(spec)], target, settings, out, reporter)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,9 +148,9 @@ def test_parse_errors_name_the_graph_and_every_node(digits_bundle: Path, target:
 def test_a_profile_that_does_not_fit_the_graph(digits_bundle: Path, target: Target, tmp_path: Path) -> None:
     bundle = Bundle.load(digits_bundle)
     spec = graph_specs(bundle.architecture)["decoder"]
-    path = digits_bundle / "graphs" / "decoder.onnx"
+    graph = GraphFile.own(digits_bundle / "graphs" / "decoder.onnx")
     with pytest.raises(BackendError, match="the decoder engine"):
-        build_graph(path, spec, [{"B": (4, 2, 1)}], target, BuildSettings("fp32"), tmp_path / "x.engine", QUIET)
+        build_graph(graph, spec, [{"B": (4, 2, 1)}], target, BuildSettings("fp32"), tmp_path / "x.engine", QUIET)
     assert not (tmp_path / "x.engine").exists()
 
 
@@ -256,7 +257,7 @@ def test_tf32_is_off_in_fp32_alone(digits_bundle: Path, target: Target, monkeypa
     for precision in ("fp32", "fp16", "int8"):
         settings = BuildSettings(precision, 0.5, 1)
         with pytest.raises(BackendError, match="cannot build the decoder engine"):
-            build_graph(path, spec, [{"B": (1, 1, 2)}], target, settings, path.with_name("never"), QUIET)
+            build_graph(GraphFile.own(path), spec, [{"B": (1, 1, 2)}], target, settings, path.with_name("never"), QUIET)
     assert flags == [False, True, True]
 
 
@@ -269,6 +270,7 @@ warnings.simplefilter("ignore")
 sys.modules["tensorrt"] = tensorrt_rtx
 from gtr_deploy.export.engines.graph import BuildSettings, build_graph
 from gtr_deploy.export.engines.target import choose_target
+from gtr_deploy.runtime.bundle.graph_file import GraphFile
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import BackendError
@@ -280,11 +282,11 @@ machine = Machine("linux-x86_64", Gpu("Test GPU (8 GB)", "8.9", 1 << 33, "13.0")
 target = choose_target("tensorrt", (), False, machine, "")
 assert (target.compute_capabilities, target.gpu, target.build_gpu) == (("8.9",), machine.gpu.name, machine.gpu.name)
 spec = graph_specs(Bundle.load(folder).architecture)["decoder"]
+graph = GraphFile.own(folder / "graphs" / "decoder.onnx")
 
 def build(hardware_compatible=False):
     chosen = choose_target("tensorrt", (), hardware_compatible, machine, "")
-    path = folder / "graphs" / "decoder.onnx"
-    return build_graph(path, spec, [{"B": (1, 1, 2)}], chosen, BuildSettings("fp32"), out, Reporter(quiet=True))
+    return build_graph(graph, spec, [{"B": (1, 1, 2)}], chosen, BuildSettings("fp32"), out, Reporter(quiet=True))
 
 built = build()
 assert not built.warnings, built.warnings
@@ -304,8 +306,7 @@ assert choose_target("tensorrt", (), True, machine, "").gpu is None
 build(hardware_compatible=True)
 other = choose_target("tensorrt-rtx", ("8.9",), False, machine, "")
 try:
-    build_graph(folder / "graphs" / "decoder.onnx", spec, [{"B": (1, 1, 2)}], other, BuildSettings("fp32"), out,
-                Reporter(quiet=True))
+    build_graph(graph, spec, [{"B": (1, 1, 2)}], other, BuildSettings("fp32"), out, Reporter(quiet=True))
     raise AssertionError("the other flavour in one process")
 except BackendError as error:
     assert "in a process of their own" in str(error)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gtr_deploy.export.build.checkpoints import random_mar, random_vae_decoder
 from gtr_deploy.export.graphs import onnx_export
-from gtr_deploy.export.graphs.onnx_export import check_graph, export_graph
+from gtr_deploy.export.graphs.onnx_export import check_written, export_graph
 from gtr_deploy.export.networks import build_graph_module
 from gtr_deploy.export.verify.verify import graph_inputs, relative_error
 from gtr_deploy.runtime.errors import GtrError
@@ -52,7 +52,7 @@ def test_every_axis_is_symbolic_and_weights_are_in_the_wanted_precision(
     folder = build_digits(precision) / "graphs"
     wanted = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
     for kind, spec in graph_specs(DIGITS).items():
-        check_graph(folder / f"{kind}.onnx", spec, precision)
+        check_written(folder / f"{kind}.onnx", spec, precision)
     for kind in ("backbone", "diffusion_step"):
         model = onnx.load(folder / f"{kind}.onnx")
         types = {i.name: i.data_type for i in model.graph.initializer}
@@ -139,10 +139,10 @@ class TestContract:
     def test_wrong_dtype_opset_and_names(self, tmp_path: Path, spec: GraphSpec) -> None:
         path = tmp_path / "detail_score.onnx"
         export_graph(build_graph_module("detail_score", DIGITS, {}, {}), spec, "fp32", path)
-        with pytest.raises(GtrError, match="opset 20, expected 22"):
-            check_graph(path, spec, "bf16")
-        with pytest.raises(GtrError, match="the contract is"):
-            check_graph(path, replace(spec, outputs=spec.outputs[::-1]), "fp32")
+        with pytest.raises(GtrError, match="opset is 20, the manifest says 22"):
+            check_written(path, spec, "bf16")
+        with pytest.raises(GtrError, match="output 1 is score.*, expected norm"):
+            check_written(path, replace(spec, outputs=spec.outputs[::-1]), "fp32")
 
     def test_what_the_exporter_cannot_do_is_one_line(self, tmp_path: Path, spec: GraphSpec) -> None:
         class Branching(nn.Module):

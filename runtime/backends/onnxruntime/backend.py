@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -142,12 +143,15 @@ class OnnxRuntimeBackend(HostLoopBackend):
     def _one_line_errors(self, kind: str) -> Iterator[None]:
         if kind not in self._sessions:
             raise BackendError(f"this bundle has no {kind} graph")
+        self.calling = kind, time.monotonic()
         try:
             yield
         except BackendError:
             raise
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in the {kind} graph: {_first_line(error)}") from error
+        finally:
+            self.calling = None
 
     def backbone(
         self, tokens: Floats, visible: Integers, predict: Integers, context: Integers, conditioning: Arrays

@@ -7,7 +7,9 @@ says. So the hint is always given here, and read back: float32, but for the netw
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from ...errors import BackendError
 from ...machine.examine import INSTALL
 from ...machine.openvino import cpu_capabilities, import_openvino
 from ...sampling.chains import DiffusionChain, Floats
-from ...sampling.loop import BackboneOutput
+from ...sampling.loop import BackboneOutput, check_shape
 from ..host_loop import HostLoopBackend
 from ..protocol import hooked
 from .library import read_onnx, reason
@@ -52,7 +54,7 @@ class OpenVinoBackend(HostLoopBackend):
             raise BackendError(f"OpenVINO cannot be imported: {reason(error)}; {INSTALL['openvino']}") from None
         capable = "BF16" in cpu_capabilities(openvino)
         cut = capable if cut is None else cut
-        self._lock = threading.RLock()
+        self._lock, self._process = threading.RLock(), os.getpid()
         self._programs: dict[str, Program] = {}
         self._description = "openvino cpu"
         core = openvino.Core()
@@ -87,13 +89,18 @@ class OpenVinoBackend(HostLoopBackend):
         """A graph for this thread alone, with one-line errors."""
         if kind not in self._programs:
             raise BackendError(f"this bundle has no {kind} graph")
+        if os.getpid() != self._process:
+            raise BackendError("OpenVINO does not survive a fork of the process; load the bundle in the child")
         with self._lock:
+            self.calling = kind, time.monotonic()
             try:
                 yield self._programs[kind]
             except BackendError:
                 raise
             except Exception as error:
                 raise BackendError(f"OpenVINO failed in the {kind} graph: {reason(error)}") from error
+            finally:
+                self.calling = None
 
     def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         branches, batch, predicted, width = z.shape
@@ -115,7 +122,10 @@ class OpenVinoBackend(HostLoopBackend):
                     bound["timestep"][...] = segment.timesteps[index]
                     bound["coefficients"][...] = segment.coefficients[index]
                     bound["noise"][...] = segment.noise[index]
-                    bound["x"][...] = hooked(self.hook, "diffusion_step", bound, step.infer)[0]
+                    x_next = hooked(self.hook, "diffusion_step", bound, step.infer)[0]
+                    check_shape("diffusion_step", x_next.shape, bound["x"].shape)
+                    bound["x"][...] = x_next
+                    self.calling = "diffusion_step", time.monotonic()
                 x[:n] = bound["x"]
         return x
 
