@@ -20,7 +20,7 @@ from ...errors import BackendError
 from ...machine.examine import INSTALL
 from ...machine.openvino import cpu_capabilities, import_openvino
 from ...sampling.chains import DiffusionChain, Floats
-from ...sampling.loop import BackboneOutput
+from ...sampling.loop import BackboneOutput, check_shape
 from ..host_loop import HostLoopBackend
 from ..protocol import hooked
 from .library import read_onnx, reason
@@ -30,6 +30,8 @@ BFLOAT16 = ("cut", "graph", "off")
 """What becomes of bfloat16 graphs. ``cut``: their networks are compiled with the bfloat16 hint, and what is around them
 in float32, see openvino_split.py. ``graph``: compiled in one piece, every tensor in the graph's own type. ``off``: in
 float32. On a CPU without bfloat16, OpenVINO computes all of them in float32."""
+
+_TYPES = {"float32": "f32", "uint8": "u8", "int64": "i64"}
 
 
 class OpenVinoBackend(HostLoopBackend):
@@ -69,6 +71,8 @@ class OpenVinoBackend(HostLoopBackend):
         for kind, graph in graphs.items():
             path = graph.path if isinstance(graph, GraphFile) else graph
             model = read_onnx(openvino, path)
+            if isinstance(graph, GraphFile):
+                _check_types(model, graph)
             low = has_bfloat16(openvino, model)
             if low:
                 said = "bfloat16" if capable and self._mode != "off" else "bfloat16 graphs in float32"
@@ -127,7 +131,9 @@ class OpenVinoBackend(HostLoopBackend):
                     bound["timestep"][...] = segment.timesteps[index]
                     bound["coefficients"][...] = segment.coefficients[index]
                     bound["noise"][...] = segment.noise[index]
-                    bound["x"][...] = hooked(self.hook, "diffusion_step", bound, step.infer)[0]
+                    x_next = hooked(self.hook, "diffusion_step", bound, step.infer)[0]
+                    check_shape("diffusion_step", x_next.shape, bound["x"].shape)
+                    bound["x"][...] = x_next
                 x[:n] = bound["x"]
         return x
 
@@ -186,6 +192,14 @@ class Program:
             for index, name in enumerate(part.outputs):
                 passed[name] = request.get_output_tensor(index)
         return [passed[name].data for name in self._parts[-1].outputs]
+
+
+def _check_types(model: Any, graph: GraphFile) -> None:
+    """OpenVINO goes by what a graph computes, not by what it says."""
+    found = [output.get_element_type().get_type_name() for output in model.outputs]
+    wanted = [_TYPES[tensor.dtype] for tensor in graph.outputs]
+    if found != wanted:
+        raise BackendError(f"{graph.path} gives {', '.join(found)}, the manifest says {', '.join(wanted)}")
 
 
 def _settings(hint: Any, threads: int | None) -> dict[str, Any]:
