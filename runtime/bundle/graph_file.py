@@ -21,7 +21,7 @@ from ..models.graphs import TensorSpec
 MAX_MODEL_BYTES = 1 << 29
 """Larger weights lie in a data file: without them the largest graph has a few MB."""
 
-_MAX_FIELDS = 1 << 21
+_MAX_FIELDS = 1 << 20
 """What is read of one graph, so that tiny things by the million take neither memory nor time."""
 
 _MAX_AXES = 32
