@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BundleError
-from ..models.graphs import TensorSpec, contract_difference
+from ..errors import BundleError, printable
+from ..models.graphs import TensorSpec
 
 MAX_MODEL_BYTES = 1 << 29
 """Larger weights lie in a data file: without them the largest graph has a few MB."""
 
-_MOST_TENSORS = 100  # inputs, or outputs, that are looked at: no graph has so many
+_MAX_FIELDS = 1 << 20
+"""What is read of one graph, so that tiny things by the million take neither memory nor time."""
+
+_MAX_AXES = 32
 
 _SIZES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2, 17: 1, 19: 1}
 """TensorProto.DataType to bytes per element."""
@@ -103,6 +106,7 @@ MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
     "TensorShapeProto": {1: ("dim", "*TensorShapeProto.Dimension")},
     "TensorShapeProto.Dimension": {1: ("dim_value", "int"), 2: ("dim_param", "bytes"), 3: ("denotation", "bytes")},
 }
+_VALUES = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
 _WIRE = {"int": 0, "double": 1, "float": 5}
 _WIDTH = {1: 8, 5: 4}
 
@@ -119,11 +123,13 @@ class GraphFile:
         path: where it lies; its data file, if it has one, lies beside it.
         model: the very bytes that were looked through.
         stamps: each file with what :func:`stamp` said when it was compared.
+        outputs: what it says that it gives; a library may find something else in it.
     """
 
     path: Path
     model: bytes
     stamps: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
 
     @classmethod
     def own(cls, path: Path) -> GraphFile:
@@ -171,125 +177,151 @@ def check_graph(
         BundleError: what is wrong, in words that stand behind the file's name.
     """
     try:
-        root = _fields(memoryview(model), "ModelProto")
-        _check_opsets(root.get("opset_import", []), opset)
-        if "graph" not in root:
-            raise _GraphError("there is no graph in it")
-        graph = _fields(root["graph"], "GraphProto")
-        found = [tuple(map(_tensor_spec, graph.get(side, [])[:_MOST_TENSORS])) for side in ("input", "output")]
-        if difference := contract_difference((found[0], found[1]), (inputs, outputs)):
-            raise _GraphError(f"it has other inputs or outputs than the manifest says: {difference}")
-        for tensor in graph.get("initializer", []):
-            _check_tensor(tensor, data, data_bytes)
-        for node in graph.get("node", []):
-            _check_node(node)
+        _Reader().check(model, {"input": inputs, "output": outputs}, opset, data, data_bytes)
     except _GraphError as error:
         raise BundleError(str(error)) from None
 
 
-def _check_opsets(imports: list[memoryview], opset: int) -> None:
-    for entry in imports:
-        fields = _fields(entry, "OperatorSetIdProto")
-        if _text(fields.get("domain", b"")) not in ("", "ai.onnx"):
-            raise _GraphError(f"it wants operators of {_text(fields['domain'])!r}; only ONNX's own are allowed")
-        if fields.get("version", 0) != opset:
-            raise _GraphError(f"its opset is {fields.get('version', 0)}, the manifest says {opset}")
-    if not imports:
-        raise _GraphError("it names no opset")
+class _Reader:
+    """Reads one graph."""
 
+    def __init__(self) -> None:
+        self._left = _MAX_FIELDS
 
-def _check_node(node: memoryview) -> None:
-    fields = _fields(node, "NodeProto")
-    domain, kind = _text(fields.get("domain", b"")), _text(fields.get("op_type", b""))
-    if domain not in ("", "ai.onnx"):
-        raise _GraphError(f"it has the operator {kind!r} of {domain!r}; only ONNX's own are allowed")
-    for attribute in fields.get("attribute", []):
-        value = _fields(attribute, "AttributeProto").get("t")
-        if value is not None:
-            _check_tensor(value, None, 0)
+    def check(
+        self,
+        model: bytes,
+        contract: dict[str, tuple[TensorSpec, ...]],
+        opset: int,
+        data: str | None,
+        data_bytes: int,
+    ) -> None:
+        root = self._fields(memoryview(model), "ModelProto")
+        self._check_opsets(root.get("opset_import", []), opset)
+        if "graph" not in root:
+            raise _GraphError("there is no graph in it")
+        graph = self._fields(root["graph"], "GraphProto")
+        for side, expected in contract.items():
+            values = graph.get(side, [])
+            if len(values) != len(expected):
+                raise _GraphError(f"it has {len(values)} {side}s, the manifest says {len(expected)}")
+            for found, wanted in zip(map(self._tensor_spec, values), expected, strict=True):
+                if found != wanted:
+                    raise _GraphError(f"its {side} is {_described(found)}, the manifest says {_described(wanted)}")
+        for tensor in graph.get("initializer", []):
+            self._check_tensor(tensor, data, data_bytes)
+        for node in graph.get("node", []):
+            self._check_node(node)
 
+    def _check_opsets(self, imports: list[memoryview], opset: int) -> None:
+        for entry in imports:
+            fields = self._fields(entry, "OperatorSetIdProto")
+            if _text(fields.get("domain", b"")) not in ("", "ai.onnx"):
+                raise _GraphError(
+                    f"it wants operators of {_quoted(_text(fields['domain']))}; only ONNX's own are allowed"
+                )
+            if fields.get("version", 0) != opset:
+                raise _GraphError(f"its opset is {fields.get('version', 0)}, the manifest says {opset}")
+        if not imports:
+            raise _GraphError("it names no opset")
 
-def _check_tensor(tensor: memoryview, data: str | None, data_bytes: int) -> None:
-    """Its values are in the file, or at a place of the data file that exists; their size is what the shape says."""
-    fields = _fields(tensor, "TensorProto")
-    name = _text(fields.get("name", b""))
-    dims, kind = fields.get("dims", []), fields.get("data_type", 0)
-    if kind not in _SIZES:
-        raise _GraphError(f"the weight {name!r} has the data type {kind}, which no bundle needs")
-    size = _SIZES[kind]
-    for dim in dims:
-        if dim >= 1 << 40:  # negative ones are larger than that
-            raise _GraphError(f"the weight {name!r} has an axis of {dim}")
-        size *= dim
-    external = [_fields(entry, "StringStringEntryProto") for entry in fields.get("external_data", [])]
-    if not external and not fields.get("data_location", 0):
-        if "raw_data" in fields and len(fields["raw_data"]) != size:
-            raise _GraphError(f"the weight {name!r} has {len(fields['raw_data'])} bytes, its shape says {size}")
-        if size // _SIZES[kind] > len(tensor):
-            raise _GraphError(f"the weight {name!r} has fewer values than its shape says")
-        return
-    pairs = [(_text(entry.get("key", b"")), _text(entry.get("value", b""))) for entry in external]
-    place = dict(pairs)
-    location = place.get("location", "")
-    if data is None or location != data:
-        allowed = f"only {data!r}, which the manifest lists, is allowed" if data else "the manifest lists none"
-        raise _GraphError(f"the weight {name!r} lies in another file, {location!r}; {allowed}")
-    numbers = [place.get("offset", "0"), place.get("length", str(size))]
-    if len(place) != len(pairs) or set(place) - {"location", "offset", "length"} or "raw_data" in fields:
-        raise _GraphError(f"the place of the weight {name!r} in {data!r} is not clear")
-    if not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
-        raise _GraphError(f"the place of the weight {name!r} in {data!r} is no number")
-    offset, length = map(int, numbers)
-    if length != size or offset + length > data_bytes:
-        raise _GraphError(
-            f"the weight {name!r} is at {offset} with {length} bytes; its shape says {size}, {data!r} has {data_bytes}"
+    def _check_node(self, node: memoryview) -> None:
+        fields = self._fields(node, "NodeProto")
+        domain, kind = _text(fields.get("domain", b"")), _text(fields.get("op_type", b""))
+        if domain not in ("", "ai.onnx"):
+            raise _GraphError(f"it has the operator {_quoted(kind)} of {_quoted(domain)}; only ONNX's own are allowed")
+        for attribute in fields.get("attribute", []):
+            value = self._fields(attribute, "AttributeProto").get("t")
+            if value is not None:
+                self._check_tensor(value, None, 0)
+
+    def _check_tensor(self, tensor: memoryview, data: str | None, data_bytes: int) -> None:
+        """Its values are in the file, or at a place of the data file that exists; their size is what the shape says."""
+        fields = self._fields(tensor, "TensorProto")
+        name = _quoted(_text(fields.get("name", b"")))
+        dims, kind = fields.get("dims", []), fields.get("data_type", 0)
+        if kind not in _SIZES:
+            raise _GraphError(f"the weight {name} has the data type {kind}, which no bundle needs")
+        if len(dims) > _MAX_AXES:
+            raise _GraphError(f"the weight {name} has {len(dims)} axes")
+        size = _SIZES[kind]
+        for dim in dims:
+            if dim >= 1 << 40:  # negative ones are larger than that
+                raise _GraphError(f"the weight {name} has an axis of {dim}")
+            size *= dim
+        external = [self._fields(entry, "StringStringEntryProto") for entry in fields.get("external_data", [])]
+        if not external and not fields.get("data_location", 0):
+            if "raw_data" in fields and len(fields["raw_data"]) != size:
+                raise _GraphError(f"the weight {name} has {len(fields['raw_data'])} bytes, its shape says {size}")
+            if size // _SIZES[kind] > len(tensor):
+                raise _GraphError(f"the weight {name} has fewer values than its shape says")
+            return
+        pairs = [(_text(entry.get("key", b"")), _text(entry.get("value", b""))) for entry in external]
+        place = dict(pairs)
+        location = place.get("location", "")
+        if data is None or location != data:
+            allowed = f"only {data!r}, which the manifest lists, is allowed" if data else "the manifest lists none"
+            raise _GraphError(f"the weight {name} lies in another file, {_quoted(location)}; {allowed}")
+        numbers = [place.get("offset", "0"), place.get("length", str(size))]
+        if len(place) != len(pairs) or set(place) - {"location", "offset", "length"} or fields.keys() & _VALUES:
+            raise _GraphError(f"the place of the weight {name} in {data!r} is not clear")
+        if not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
+            raise _GraphError(f"the place of the weight {name} in {data!r} is no number")
+        offset, length = map(int, numbers)
+        if length != size or offset + length > data_bytes:
+            raise _GraphError(
+                f"the weight {name} is at {offset} with {length} bytes; "
+                f"its shape says {size}, {data!r} has {data_bytes}"
+            )
+
+    def _tensor_spec(self, value: memoryview) -> TensorSpec:
+        fields = self._fields(value, "ValueInfoProto")
+        name = _text(fields.get("name", b""))
+        tensor = self._fields(
+            self._fields(fields.get("type", memoryview(b"")), "TypeProto").get("tensor_type", memoryview(b"")),
+            "TypeProto.Tensor",
         )
+        kind = tensor.get("elem_type", 0)
+        if "shape" not in tensor:
+            raise _GraphError(f"{_quoted(name)} has no shape")
+        axes: list[int | str] = []
+        for entry in self._fields(tensor["shape"], "TensorShapeProto").get("dim", []):
+            dimension = self._fields(entry, "TensorShapeProto.Dimension")
+            if {"dim_value", "dim_param"} <= dimension.keys():  # libraries take the last one
+                raise _GraphError(f"an axis of {_quoted(name)} is both a number and a letter")
+            axes.append(dimension["dim_value"] if "dim_value" in dimension else _text(dimension.get("dim_param", b"")))
+        return TensorSpec(name, _DTYPES.get(kind, f"type {kind}"), tuple(axes))
 
+    def _fields(self, message: memoryview | bytes, kind: str) -> dict[str, Any]:
+        """The fields of one message by name: numbers, or views of the bytes; lists where the field is repeated.
 
-def _tensor_spec(value: memoryview) -> TensorSpec:
-    fields = _fields(value, "ValueInfoProto")
-    name = _text(fields.get("name", b""))
-    tensor = _fields(
-        _fields(fields.get("type", memoryview(b"")), "TypeProto").get("tensor_type", memoryview(b"")),
-        "TypeProto.Tensor",
-    )
-    kind = tensor.get("elem_type", 0)
-    if "shape" not in tensor:
-        raise _GraphError(f"{name!r} has no shape")
-    axes: list[int | str] = []
-    for entry in _fields(tensor["shape"], "TensorShapeProto").get("dim", []):
-        dimension = _fields(entry, "TensorShapeProto.Dimension")
-        axes.append(dimension["dim_value"] if "dim_value" in dimension else _text(dimension.get("dim_param", b"")))
-    return TensorSpec(name, _DTYPES.get(kind, f"type {kind}"), tuple(axes))
-
-
-def _fields(message: memoryview | bytes, kind: str) -> dict[str, Any]:
-    """The fields of one message by name: numbers, or views of the bytes; lists where the field is repeated.
-
-    Raises:
-        _GraphError: it is damaged, has a field that is not in :data:`MESSAGES`, or a single one twice (libraries differ
-            in which of the two they take).
-    """
-    known = MESSAGES[kind]
-    found: dict[str, Any] = {}
-    for number, wire, value in _wire_fields(memoryview(message)):
-        if number not in known:
-            raise _GraphError(f"{kind} has the field {number}, which no bundle needs")
-        name, form = known[number]
-        repeated, form = form[0] == "*", form.lstrip("*")
-        expected = _WIRE.get(form, 2)
-        packed = repeated and wire == 2 and expected != 2
-        if wire != expected and not packed:
-            raise _GraphError(f"{kind}.{name} is damaged")
-        if not repeated:
-            if name in found:
-                raise _GraphError(f"{kind}.{name} stands twice")
-            found[name] = value
-        elif not packed:
-            found.setdefault(name, []).append(value)
-        elif form == "int" and name in ("dims", "ints"):
-            found.setdefault(name, []).extend(_varints(value))
-    return found
+        Raises:
+            _GraphError: it is damaged, has a field that is not in :data:`MESSAGES`, or a single one twice (libraries
+                differ in which of the two they take).
+        """
+        known = MESSAGES[kind]
+        found: dict[str, Any] = {}
+        for number, wire, value in _wire_fields(memoryview(message)):
+            if number not in known:
+                raise _GraphError(f"{kind} has the field {number}, which no bundle needs")
+            name, form = known[number]
+            repeated, form = form[0] == "*", form.lstrip("*")
+            expected = _WIRE.get(form, 2)
+            packed = repeated and wire == 2 and expected != 2
+            if wire != expected and not packed:
+                raise _GraphError(f"{kind}.{name} is damaged")
+            self._left -= len(value) if packed and name in ("dims", "ints") else 1
+            if self._left < 0:
+                raise _GraphError("it has more parts than any graph of this project")
+            if not repeated:
+                if name in found:
+                    raise _GraphError(f"{kind}.{name} stands twice")
+                found[name] = value
+            elif name == "dims" and packed:
+                found.setdefault(name, []).extend(_varints(value))
+            else:
+                found.setdefault(name, []).append(value)
+        return found
 
 
 def _wire_fields(message: memoryview) -> Iterator[tuple[int, int, Any]]:
@@ -339,3 +371,11 @@ def _text(value: memoryview | bytes) -> str:
         return str(value, "utf-8")
     except UnicodeDecodeError:
         raise _GraphError("a name in it is not text") from None
+
+
+def _described(tensor: TensorSpec) -> str:
+    return _quoted(f"{tensor.dtype} {tensor.name}[{','.join(map(str, tensor.axes))}]")
+
+
+def _quoted(text: str) -> str:
+    return repr(printable(text, 60))

@@ -139,7 +139,7 @@ class Bundle:
         if data:
             with data.opened(self.folder, checksums) as file:
                 stamps.append((inside(self.folder, data.file), stamp(os.fstat(file.fileno()))))
-        return GraphFile(path, model, tuple(stamps))
+        return GraphFile(path, model, tuple(stamps), entry.outputs)
 
     def engine_paths(self, engines: EngineSet, checksums: bool = True) -> dict[str, Path]:
         """Graph kind to checked engine file.

@@ -187,9 +187,11 @@ def lock(out: Path) -> Iterator[None]:
             raise GtrError(
                 f"another build is writing {out}; wait for it, or choose another folder with --out"
             ) from None
-        yield
-        if not os.fstat(descriptor).st_size:  # one with something in it is not ours
-            path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            if not os.fstat(descriptor).st_size:  # one with something in it is not ours
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

@@ -95,7 +95,7 @@ class OnnxRuntimeBackend(HostLoopBackend):
 
     def _session_options(self) -> Any:
         options = self._runtime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised, too; the log would show their text raw
         if not self._optimised:
             options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if self._threads is not None:
@@ -189,4 +189,4 @@ def _check_cuda(runtime: Any) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__

@@ -28,6 +28,8 @@ from ..protocol import hooked
 from .library import read_onnx, reason
 from .split import Part, has_bfloat16, split, whole
 
+_TYPES = {"float32": "f32", "uint8": "u8", "int64": "i64"}
+
 
 class OpenVinoBackend(HostLoopBackend):
     """Compiled models for a bundle's graphs. Calls from several threads take turns."""
@@ -61,6 +63,8 @@ class OpenVinoBackend(HostLoopBackend):
         for kind, graph in graphs.items():
             path = graph.path if isinstance(graph, GraphFile) else graph
             model = read_onnx(openvino, path)
+            if isinstance(graph, GraphFile):
+                _check_types(model, graph)
             low = has_bfloat16(openvino, model)
             if low:
                 self._description = f"openvino cpu, {'bfloat16' if capable and cut else 'bfloat16 graphs in float32'}"
@@ -176,6 +180,14 @@ class Program:
             for index, name in enumerate(part.outputs):
                 passed[name] = request.get_output_tensor(index)
         return [passed[name].data for name in self._parts[-1].outputs]
+
+
+def _check_types(model: Any, graph: GraphFile) -> None:
+    """OpenVINO goes by what a graph computes, not by what it says."""
+    found = [output.get_element_type().get_type_name() for output in model.outputs]
+    wanted = [_TYPES[tensor.dtype] for tensor in graph.outputs]
+    if found != wanted:
+        raise BackendError(f"{graph.path} gives {', '.join(found)}, the manifest says {', '.join(wanted)}")
 
 
 def _settings(hint: Any, threads: int | None) -> dict[str, Any]:

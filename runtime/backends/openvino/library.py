@@ -32,4 +32,4 @@ def reason(error: Exception) -> str:
     """What is wrong, in one line: OpenVINO's messages are mostly about where in its sources they come from."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith(_PLACES)]
-    return (telling or lines or [type(error).__name__])[-1]
+    return (telling or lines or [type(error).__name__])[-1][:150]
