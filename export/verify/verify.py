@@ -220,6 +220,12 @@ def _loads(
         note = f"evaluating bf16 on the CPU needs {error.name}; pip install 'gtr-deploy[export]'"
         report.checks.append(Check("loads", "all graphs", "skipped", note=note))
         return None
+    found: set[str] = set().union(*(graph.precisions for graph in bundle.graph_files(checksums=False).values()))
+    # Half-precision graphs keep some weights in float32, quantised ones in either; float32 ones have nothing else.
+    if bundle.precision not in found or (bundle.precision == "fp32" and len(found) > 1):
+        note = f"the weights of its graphs are {', '.join(sorted(found)) or 'none'}, the bundle says {bundle.precision}"
+        report.checks.append(Check("loads", "precision", "failed", note=note))
+        return None
     if engines:
         notes = {
             kind: (f"{len(graph.profiles)} profiles", graph.engine.bytes) for kind, graph in engines.graphs.items()

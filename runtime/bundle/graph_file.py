@@ -29,6 +29,8 @@ _MAX_AXES = 32
 _SIZES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2, 17: 1, 19: 1}
 """TensorProto.DataType to bytes per element."""
 
+_PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16", 3: "int8", 17: "fp8"}
+
 _DTYPES = {1: "float32", 2: "uint8", 7: "int64"}
 """The types that inputs and outputs may have."""
 
@@ -124,12 +126,14 @@ class GraphFile:
         model: the very bytes that were looked through.
         stamps: each file with what :func:`stamp` said when it was compared.
         outputs: what it says that it gives; a library may find something else in it.
+        precisions: what its weights are in, in the words of ``graphs.PRECISIONS``.
     """
 
     path: Path
     model: bytes
     stamps: tuple[tuple[Path, tuple[int, ...]], ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    precisions: frozenset[str] = frozenset()
 
     @classmethod
     def own(cls, path: Path) -> GraphFile:
@@ -163,8 +167,8 @@ def check_graph(
     opset: int,
     data: str | None = None,
     data_bytes: int = 0,
-) -> None:
-    """Looks a graph through.
+) -> frozenset[str]:
+    """Looks a graph through; what its weights are in.
 
     Args:
         model: its file's content.
@@ -177,9 +181,11 @@ def check_graph(
         BundleError: what is wrong, in words that stand behind the file's name.
     """
     try:
-        _Reader().check(model, {"input": inputs, "output": outputs}, opset, data, data_bytes)
+        reader = _Reader()
+        reader.check(model, {"input": inputs, "output": outputs}, opset, data, data_bytes)
     except _GraphError as error:
         raise BundleError(str(error)) from None
+    return frozenset(reader.precisions)
 
 
 class _Reader:
@@ -187,6 +193,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self._left = _MAX_FIELDS
+        self.precisions: set[str] = set()
 
     def check(
         self,
@@ -209,7 +216,9 @@ class _Reader:
                 if found != wanted:
                     raise _GraphError(f"its {side} is {_described(found)}, the manifest says {_described(wanted)}")
         for tensor in graph.get("initializer", []):
-            self._check_tensor(tensor, data, data_bytes)
+            kind, axes = self._check_tensor(tensor, data, data_bytes)
+            if axes > 1 and kind in _PRECISIONS:
+                self.precisions.add(_PRECISIONS[kind])
         for node in graph.get("node", []):
             self._check_node(node)
 
@@ -235,8 +244,12 @@ class _Reader:
             if value is not None:
                 self._check_tensor(value, None, 0)
 
-    def _check_tensor(self, tensor: memoryview, data: str | None, data_bytes: int) -> None:
-        """Its values are in the file, or at a place of the data file that exists; their size is what the shape says."""
+    def _check_tensor(self, tensor: memoryview, data: str | None, data_bytes: int) -> tuple[int, int]:
+        """Its values are in the file, or at a place of the data file that exists; their size is what the shape says.
+
+        Returns:
+            Its data type and its number of axes.
+        """
         fields = self._fields(tensor, "TensorProto")
         name = _quoted(_text(fields.get("name", b"")))
         dims, kind = fields.get("dims", []), fields.get("data_type", 0)
@@ -255,7 +268,7 @@ class _Reader:
                 raise _GraphError(f"the weight {name} has {len(fields['raw_data'])} bytes, its shape says {size}")
             if size // _SIZES[kind] > len(tensor):
                 raise _GraphError(f"the weight {name} has fewer values than its shape says")
-            return
+            return kind, len(dims)
         pairs = [(_text(entry.get("key", b"")), _text(entry.get("value", b""))) for entry in external]
         place = dict(pairs)
         location = place.get("location", "")
@@ -273,6 +286,7 @@ class _Reader:
                 f"the weight {name} is at {offset} with {length} bytes; "
                 f"its shape says {size}, {data!r} has {data_bytes}"
             )
+        return kind, len(dims)
 
     def _tensor_spec(self, value: memoryview) -> TensorSpec:
         fields = self._fields(value, "ValueInfoProto")

@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec import structs
 
-from ..errors import BundleError
+from ..errors import BundleError, printable
 from ..files import inside, read_json, sweep, write_json
 from ..models.architecture import Architecture
 from ..models.conditioning import Conditioner
@@ -56,7 +56,7 @@ class Bundle:
         try:
             architecture, conditioner = decode_model(manifest.model, manifest.conditioning)
         except ValueError as error:
-            raise BundleError(f"{path}: model: {error}") from None
+            raise BundleError(f"{path}: model: {printable(str(error), 200)}") from None
         specs = graph_specs(architecture)
         listed = {
             "graphs": manifest.graphs,
@@ -133,13 +133,13 @@ class Bundle:
             files.model.compare(path, hashlib.sha256(model).hexdigest())
         try:
             name, size = (PurePosixPath(data.file).name, data.bytes) if data else (None, 0)
-            check_graph(model, entry.inputs, entry.outputs, entry.opset, name, size)
+            precisions = check_graph(model, entry.inputs, entry.outputs, entry.opset, name, size)
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None
         if data:
             with data.opened(self.folder, checksums) as file:
                 stamps.append((inside(self.folder, data.file), stamp(os.fstat(file.fileno()))))
-        return GraphFile(path, model, tuple(stamps), entry.outputs)
+        return GraphFile(path, model, tuple(stamps), entry.outputs, precisions)
 
     def engine_paths(self, engines: EngineSet, checksums: bool = True) -> dict[str, Path]:
         """Graph kind to checked engine file.

@@ -39,6 +39,8 @@ class Decoder(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.kind not in DECODERS:
             raise ValueError(f"decoder {self.kind[:40]!r} is not one of {', '.join(DECODERS)}")
+        if not self.has_weights and (self.scale, self.shift) != (1.0, 0.0):
+            raise ValueError(f"decoder {self.kind} has neither scale nor shift")
 
     @property
     def has_weights(self) -> bool:
