@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 
 import click
 
@@ -29,12 +30,12 @@ def watch_calls(backend: Backend) -> None:
         limit = 0.0
     if not 0.1 <= limit <= 1e7:
         raise UsageError(f"{VARIABLE}={text} is not a number of seconds")
-    threading.Thread(target=_watch, args=(backend, limit), daemon=True).start()
+    # Weakly: this must not keep a backend in memory that nobody uses any more.
+    threading.Thread(target=_watch, args=(weakref.ref(backend), limit), daemon=True).start()
 
 
-def _watch(backend: Backend, limit: float) -> None:
-    while True:
-        time.sleep(min(5.0, limit / 2))
+def _watch(watched: weakref.ref[Backend], limit: float) -> None:
+    while (backend := watched()) is not None:
         calling = getattr(backend, "calling", None)
         if calling is not None and time.monotonic() - calling[1] > limit:
             click.echo(
@@ -43,3 +44,5 @@ def _watch(backend: Backend, limit: float) -> None:
                 err=True,
             )
             os._exit(1)
+        del backend
+        time.sleep(min(5.0, limit / 2))

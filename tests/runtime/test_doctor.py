@@ -302,7 +302,7 @@ class TestDiagnosis:
         lost = structs.replace(bundle.manifest.source, checkpoint=WeightsFile("/no/such.pth", "0" * 64))
         random = structs.replace(lost, checkpoint=None)
         assert _statuses(EVERYTHING, bundle)["backend torch"][0] == "ok"
-        assert "/no/such.pth" in _statuses(EVERYTHING, changed(other, source=lost))["backend torch"][1]
+        assert "is not known on this machine" in _statuses(EVERYTHING, changed(other, source=lost))["backend torch"][1]
         assert _statuses(EVERYTHING, changed(other, source=random))["backend torch"][0] == "ok"
 
     def test_torch_does_not_run_quantised_graphs(self, bundle: Bundle) -> None:
