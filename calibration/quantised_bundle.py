@@ -102,7 +102,8 @@ def _runtime_version() -> str:
 
 
 def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, Any] | None:
-    """The report of a finished bundle of this very key; None if there is nothing.
+    """The report of a finished bundle of this very key, once what a killed run has left beside it is gone; None if
+    there is nothing.
 
     Raises:
         UsageError, GtrError: something else is in the way.
@@ -113,9 +114,11 @@ def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, 
     try:
         old.graph_paths(checksums=False)
         old.graph_paths(checksums=False, target="cpu")
-        return old.read_report("calibration")
+        report = old.read_report("calibration")
     except BundleError:
         return None
+    StagedFolder(old.folder).discard()
+    return report
 
 
 def ranges_of(request: CalibrationRequest, flavour: str, collected: Collected) -> dict[str, Range]:

@@ -33,13 +33,14 @@ def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
     keys = [stage_keys(part, weights) for part in requests]
     with lock(out):
         report = finished(wanted, entry.architecture.name, calibration_key(wanted, keys, images, request.max_batch))
-    if report is not None:
-        return _result(request.out, dict.fromkeys([*keys[0], "calibration", "manifest"], "cached"))
-    stages, _ = (build_float(part, reporter).stages for part in requests)
-    result = quantise_bundle(wanted, reporter)
+    stages = dict.fromkeys([*keys[0], "calibration", "manifest"], "cached")
+    if report is None:
+        built, _ = (build_float(part, reporter).stages for part in requests)
+        result = quantise_bundle(wanted, reporter)
+        stages = {**built, "calibration": result.state, "manifest": result.state}
     for source in (fp32, fp16):
         remove_own(source)
-    return _result(request.out, {**stages, "calibration": result.state, "manifest": result.state})
+    return _result(request.out, stages)
 
 
 def _result(out: Path, stages: dict[str, str]) -> BuildResult:

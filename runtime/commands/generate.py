@@ -54,7 +54,7 @@ def generate(
     import numpy as np
 
     from ..bundle.reader import Bundle
-    from ..files import atomic_path
+    from ..files import atomic_path, sweep
     from ..pictures.png import save_png
     from ..pictures.sheet import contact_sheet
     from ..pictures.trace import TraceRecorder
@@ -66,6 +66,8 @@ def generate(
     seeds = [seed + index for index in range(len(asked))]
     resolved = chosen_plan(plan, overrides, architecture, opened.plan_defaults)
     out.mkdir(parents=True, exist_ok=True)
+    for folder in {out, *(path.parent for path in (grid, trace, save_latents) if path is not None)}:
+        sweep(folder)
 
     reporter = Reporter(quiet=as_json)
     pipeline = click.get_current_context().with_resource(load_pipeline(opened, engine, reporter))

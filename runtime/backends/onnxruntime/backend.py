@@ -110,10 +110,11 @@ class OnnxRuntimeBackend(HostLoopBackend):
         if self._provider == "cuda":
             settings = {"device_id": str(self._device), "use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
             providers.insert(0, (PROVIDERS["cuda"], settings))
-        path, source, options = graph, str(graph), self._options
         if isinstance(graph, GraphFile):
             path, source, options = graph.path, graph.model, self._session_options()
             options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent.resolve()))
+        else:
+            path, source, options = graph, str(graph), self._options
         try:
             session = self._runtime.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
