@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -224,8 +224,10 @@ def swap(partial: Path, out: Path) -> None:
 
 def remove_own(folder: Path) -> None:
     """Removes a folder that carries our record: the manifest first, so that nobody takes the rest for a bundle, and the
-    record last, so that a kill in between leaves something that the next run knows as its own."""
+    record last, so that a kill in between leaves something that the next run knows as its own, or an empty folder."""
     if not (folder / RECORD).is_file():
+        with suppress(OSError):
+            folder.rmdir()
         return
     (folder / MANIFEST).unlink(missing_ok=True)
     for entry in folder.iterdir():

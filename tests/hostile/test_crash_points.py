@@ -61,6 +61,15 @@ def server(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     server.close()
 
 
+@pytest.fixture(scope="module")
+def calibrated(server: Server, digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 bundle; from now on the server remembers what a calibration computes."""
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    argv = ["calibrate", str(digits_bundle), "--precision", "int8", *FEW, "--out", str(out), "--keep", "1"]
+    assert server.ask(argv=argv, warm=True)["status"] == 0
+    return out
+
+
 def _tree(root: Path) -> Tree:
     """Everything below a folder, with digests of files."""
     found = {}
@@ -88,7 +97,12 @@ def _sound(out: Path) -> bool:
 
 
 def _explore(
-    server: Server, root: Path, argv: list[str], prepare: Callable[[], None], check: Callable[[], Any]
+    server: Server,
+    root: Path,
+    argv: list[str],
+    prepare: Callable[[], Any],
+    check: Callable[[], Any],
+    last: int | None = None,
 ) -> list[str]:
     """Kills the command before each of its changes; returns what they were.
 
@@ -96,6 +110,7 @@ def _explore(
         root: the folder that all happens in.
         prepare: fills it.
         check: whether what a kill has left is good for use.
+        last: only that many of the changes; all if None.
     """
 
     def run(kill: int) -> dict[str, Any]:
@@ -114,7 +129,7 @@ def _explore(
     kept = {name: kind for name, kind in foreign.items() if name.split("/")[0] != "out"}
     assert kept.items() <= wanted.items()
     assert {name.split("/")[0] for name in wanted.keys() - kept.keys()} <= {"out", "grid.png"}
-    for number, point in enumerate(whole["points"], start=1):
+    for number, point in list(enumerate(whole["points"], start=1))[-(last or 0) :]:
         where = f"killed before change {number} of {len(whole['points'])}, {point}"
         afresh()
         killed = run(number)
@@ -159,20 +174,35 @@ def test_build_from_nothing(server: Server, digits_bundle: Path, root: Path) -> 
     assert len(points) >= 40
 
 
-def test_calibrate(server: Server, digits_bundle: Path, root: Path, tmp_path: Path) -> None:
-    out, other = root / "out", tmp_path / "other"
+def test_calibrate(server: Server, digits_bundle: Path, calibrated: Path, root: Path) -> None:
+    out = root / "out"
     command = ["gtr-export", "calibrate", str(digits_bundle), "--precision", "int8", *FEW]
-    warm = server.ask(argv=[*command[1:], "--out", str(other), "--keep", "1"], warm=True)
-    assert warm["status"] == 0
     points = _explore(
         server,
         root,
         [*command, "--out", str(out), "--keep", "0"],
-        lambda: bool(shutil.copytree(other, out)),
+        lambda: bool(shutil.copytree(calibrated, out)),
         lambda: _sound(out) and Bundle.load(out).precision == "int8",
     )
     assert len(points) >= 40
-    shutil.rmtree(other)
+
+
+def test_build_of_int8_when_all_but_cleaning_up_is_done(server: Server, calibrated: Path, root: Path) -> None:
+    out = root / "out"
+    model = (
+        "--model",
+        "mar-digits",
+        "--precision",
+        "int8",
+        "--calibration-images",
+        "1",
+        "--calibration-plan",
+        "gtr-fast",
+    )
+    points = _explore(
+        server, root, ["gtr-export", "build", *model, "--out", str(out)], lambda: None, lambda: _sound(out), last=14
+    )
+    assert len(points) >= 150
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorrt_rtx"), reason="needs TensorRT-RTX")
