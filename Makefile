@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint unit lowest wheel model api clean
+.PHONY: demo test lint unit hostile lowest wheel model api clean
 
 demo: $(VENV)/.demo
 	$(BIN)/gtr-export build --model mar-digits --out $(OUT)/mar-digits
@@ -32,6 +32,10 @@ unit: $(VENV)/.test
 	$(BIN)/python -m coverage report --include 'runtime/*' --fail-under 95
 	$(BIN)/python -m coverage report --include 'export/*' --fail-under 90
 	$(BIN)/python -m coverage report --include 'calibration/*' --fail-under 90
+
+# Other people's files, as an attacker would make them; part of `make test`. GTR_FUZZ_EXAMPLES=20000 tries more manifests.
+hostile: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m hostile tests/hostile
 
 # The oldest versions that pyproject.toml allows really work: what needs none of the newest tools is tested with them.
 lowest:
