@@ -27,10 +27,10 @@ from quality_configurations import CONFIGURATIONS, PAIRS, Configuration
 from records import append_record, cpu_details
 
 from gtr_deploy.runtime import Bundle, Pipeline, UsageError
-from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.files import atomic_path, cache_dir, sha256
 from gtr_deploy.runtime.quality.digits import DigitSample, digit_differences, digit_figures, real_digits
 from gtr_deploy.runtime.quality.estimates import Estimate
+from gtr_deploy.runtime.sampling.named import named_plan
 from gtr_deploy.runtime.sampling.plan import SamplingPlan
 
 BASE = "gtr"
@@ -75,7 +75,7 @@ def main(
     done = {(line["block"], line["configuration"]) for line in lines if "configuration" in line}
     pipeline = Pipeline.load(bundle, backend="onnxruntime", threads=threads)
     plans = {
-        entry.name: chosen_plan(entry.preset, entry.overrides, bundle.architecture, bundle.plan_defaults)
+        entry.name: named_plan(entry.preset, bundle.architecture, bundle.plan_defaults, entry.overrides)
         for entry in CONFIGURATIONS
     }
     work = [

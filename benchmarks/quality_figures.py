@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from quality_configurations import CONFIGURATIONS
 
 from gtr_deploy.runtime import Pipeline
-from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.files import atomic_path
 from gtr_deploy.runtime.pictures.charts import BLUE, DARK, GREY, VERMILION, new_figure, plain, save_figure
 from gtr_deploy.runtime.pictures.sheet import contact_sheet
 from gtr_deploy.runtime.quality.digits import DigitSample, digit_figures, real_digits
 from gtr_deploy.runtime.quality.estimates import Estimate
 from gtr_deploy.runtime.quality.plot import Point, plot_front
+from gtr_deploy.runtime.sampling.named import named_plan
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SHOWN = ("mar", "disa", "halton", "gtr", "gtr-fast", "steps 4-2-1")
@@ -184,7 +184,7 @@ def draw_mistakes(path: Path, pipeline: Pipeline, lines: Iterable[Mapping[str, A
 
 def _made(pipeline: Pipeline, name: str, seeds: Iterable[int]) -> NDArray[np.uint8]:
     entry = next(entry for entry in CONFIGURATIONS if entry.name == name)
-    plan = chosen_plan(entry.preset, entry.overrides, pipeline.architecture, pipeline.plan_defaults)
+    plan = named_plan(entry.preset, pipeline.architecture, pipeline.plan_defaults, entry.overrides)
     seeds = list(seeds)
     return pipeline.generate([seed % 10 for seed in seeds], seeds=seeds, plan=plan, batch_size=len(seeds)).images
 

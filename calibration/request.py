@@ -10,7 +10,8 @@ from ..runtime.bundle.reader import Bundle
 from ..runtime.errors import UsageError
 from ..runtime.models.conditioning import Request
 from ..runtime.models.graphs import QUANTISED
-from ..runtime.sampling.plan import SamplingPlan, preset, resolve
+from ..runtime.sampling.named import named_plan
+from ..runtime.sampling.plan import SamplingPlan
 from .collect import BATCH
 from .data import CalibrationImages, calibration_images
 from .ranges import DEFAULT_PERCENTILE, METHODS
@@ -93,7 +94,7 @@ def prepare(request: CalibrationRequest) -> Prepared:
     if source.precision != "fp32":
         raise UsageError(f"{request.source} is {source.precision}; calibration starts from an fp32 bundle")
     architecture = source.architecture
-    plan = resolve(preset(request.plan, architecture, source.plan_defaults), architecture)
+    plan = named_plan(request.plan, architecture, source.plan_defaults)
     images = calibration_images(
         architecture, source.conditioner, request.images, request.requests, latents=request.latents
     )

@@ -14,6 +14,7 @@ from ..runtime.commands.console import CommandGroup, Reporter, print_json, print
 from ..runtime.errors import BundleError, GtrError
 from ..runtime.models.families import known_models
 from ..runtime.models.graphs import PRECISIONS
+from ..runtime.sampling.named import split_plans
 from .calibration_commands import BUILD_OPTIONS, calibrate, calibration_options, check_calibration, sensitivity
 from .engines.options import engine_options
 
@@ -184,7 +185,7 @@ def verify(
     """Check a bundle rung by rung: loads, finite, graphs equal to PyTorch, images equal to PyTorch."""
     from .verify.verify import verify as run_verify
 
-    names = [name.strip() for name in plans.split(",")] if plans is not None else None
+    names = split_plans(plans) if plans is not None else None
     report = run_verify(bundle, Reporter(quiet=as_json), checkpoint, vae, names, images, backend)
     if as_json:
         print_json(report.to_json())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,9 @@ from .models.conditioning import Conditioner, Request
 from .sampling.chains import Floats, Integers
 from .sampling.job import Observer, generation_job
 from .sampling.loop import check_shape
+from .sampling.named import named_plan
 from .sampling.noise import NoiseSource, SeededNoise, checked_seed
-from .sampling.plan import PlanSettings, SamplingPlan, preset, resolve
+from .sampling.plan import PlanSettings, SamplingPlan, resolve
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,25 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def plan(self, plan: str | PlanSettings | SamplingPlan = "gtr") -> SamplingPlan:
-        """A plan by preset name (with the model's defaults), by settings, or as it is.
+    def plan(self, plan: str | PlanSettings | SamplingPlan = "gtr", **changes: Any) -> SamplingPlan:
+        """A plan by name, by settings, or as it is; what it leaves open comes from the model.
+
+        Args:
+            plan: a preset, a preset with changes such as ``"gtr:cfg=3,fts=none"``, a plan file, or settings.
+            changes: fields of :class:`PlanSettings`, such as ``stage_steps=(4, 2, 1), cfg=3``.
 
         Raises:
             PlanError: unknown preset, or settings that do not fit the model.
         """
         if isinstance(plan, SamplingPlan):
+            if changes:
+                raise UsageError("a plan that is resolved already takes no changes; give its settings")
             return plan
-        settings = preset(plan, self.architecture, self.plan_defaults) if isinstance(plan, str) else plan
-        return resolve(settings, self.architecture)
+        if isinstance(plan, str):
+            return named_plan(plan, self.architecture, self.plan_defaults, changes)
+        if not isinstance(plan, PlanSettings):
+            raise UsageError(f"plan {plan!r} is neither a name nor settings")
+        return resolve(replace(plan, **changes), self.architecture, self.plan_defaults)
 
     def generate(
         self,

@@ -20,12 +20,13 @@ from ...runtime.bundle.reader import Bundle
 from ...runtime.bundle.staged import Stage, StagedFolder, lock, stage_key
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import GtrError, PlanError, UsageError
-from ...runtime.files import inside, read_json
+from ...runtime.files import inside
 from ...runtime.machine.examine import Machine, examine_machine
 from ...runtime.models.architecture import Architecture
 from ...runtime.models.families import graph_specs
 from ...runtime.models.graphs import GraphSpec
-from ...runtime.sampling.plan import PlanSettings, SamplingPlan, preset, resolve
+from ...runtime.sampling.named import named_plan
+from ...runtime.sampling.plan import SamplingPlan
 from ...runtime.sampling.shapes import Profile, described, profiles
 from .audit import counted, float32_problem
 from .graph import BuildSettings, build_graph
@@ -180,22 +181,15 @@ def check_request(
 def engine_plans(
     items: Iterable[str], architecture: Architecture, defaults: Mapping[str, Any]
 ) -> dict[str, SamplingPlan]:
-    """Preset names, and JSON files with the settings under ``plan``, resolved for one model; by name.
+    """Plans, resolved for one model; by what names them, files by their name.
 
     Raises:
         PlanError: unknown preset, or settings that do not fit the model.
         BundleError: a file is missing or not JSON.
     """
-    plans: dict[str, SamplingPlan] = {}
-    for item in items:
-        if not item.endswith(".json"):
-            plans[item] = resolve(preset(item, architecture, defaults), architecture)
-            continue
-        value = read_json(Path(item))
-        settings = value.get("plan") if isinstance(value, dict) else None
-        if not isinstance(settings, dict):
-            raise PlanError(f'{item} has no plan settings under "plan"; gtr-run plan MODEL --json writes such files')
-        plans[Path(item).name] = resolve(PlanSettings.from_json(settings), architecture)
+    plans = {
+        Path(item).name if item.endswith(".json") else item: named_plan(item, architecture, defaults) for item in items
+    }
     if not plans:
         raise PlanError("no plan to build engines for; give for example --plans gtr,mar")
     return plans

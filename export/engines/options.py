@@ -9,7 +9,8 @@ import click
 
 from ...runtime.bundle.engine_sets import EngineSet, refusal
 from ...runtime.commands.option_groups import given, with_options
-from ...runtime.errors import UsageError
+from ...runtime.errors import PlanError, UsageError
+from ...runtime.sampling.named import split_plans
 
 if TYPE_CHECKING:
     from ...runtime.machine.examine import Machine
@@ -24,10 +25,10 @@ class _Names(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        names = tuple(part.strip() for part in str(value).split(","))
-        if not all(names):
-            self.fail(f"{value!r} is not a list separated by commas", param)
-        return names
+        try:
+            return tuple(split_plans(str(value)))
+        except PlanError as error:
+            self.fail(str(error), param)
 
 
 def _option(name: str, setting: str, help: str, **more: Any) -> tuple[str, str, Callable[..., Any]]:

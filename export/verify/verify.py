@@ -39,8 +39,9 @@ from ...runtime.models.families import family_of, graph_specs
 from ...runtime.models.graphs import IMAGE_TOLERANCES, NETWORKS, QUANTISED, GraphSpec
 from ...runtime.sampling.chains import Floats
 from ...runtime.sampling.job import generation_job
+from ...runtime.sampling.named import named_plan
 from ...runtime.sampling.noise import SeededNoise
-from ...runtime.sampling.plan import SamplingPlan, preset, presets_of, resolve
+from ...runtime.sampling.plan import SamplingPlan, presets_of
 from ..build.sources import Weights, weights_of_bundle
 from .graph_inputs import covered_presets, covered_specs, graph_inputs
 from .limits import graph_limit
@@ -142,7 +143,7 @@ def verify(
     bundle = Bundle.load(folder)
     engines = choose_engines(bundle, examine_machine(), engine) if engine in FLAVOURS else None
     for name in plans or ():
-        preset(name, bundle.architecture, bundle.plan_defaults)
+        named_plan(name, bundle.architecture, bundle.plan_defaults)
     weights, why_not = weights_of_bundle(bundle, checkpoint, vae, reporter)
     if weights is not None and importlib.util.find_spec("torch") is None:
         weights, why_not = None, "torch is not installed; pip install 'gtr-deploy[export]'"
@@ -299,7 +300,7 @@ class _Climb:
         architecture = self.bundle.architecture
         chosen: dict[str, SamplingPlan] = {}
         for name in plans or presets_of(family_of(architecture)):
-            plan = resolve(preset(name, architecture, self.bundle.plan_defaults), architecture)
+            plan = named_plan(name, architecture, self.bundle.plan_defaults)
             if plans is None and plan.flops * images > CPU_BUDGET:
                 note = f"{plan.flops * images / 1e12:.0f} TFLOP on the CPU, twice; --plans {name} runs it"
                 self.report.checks.append(Check("images", f"plan {name}", "skipped", note=note))

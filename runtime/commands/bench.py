@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import BackendError, UsageError
+from ..sampling.named import named_plan, split_plans
 from .backend_options import backend_options, load_pipeline
 from .console import Reporter, print_json, print_table
-from .plan_options import chosen_plan, plan_options
+from .plan_options import plan_options
 
 if TYPE_CHECKING:
     from ..backends.row import BackendOptions
@@ -51,8 +52,7 @@ def bench(
     if all_backends and (engine.backend, engine.provider) != ("auto", "auto"):
         raise UsageError("--all-backends leaves no choice: leave --backend and --provider out")
     opened = Bundle.load(bundle)
-    names = [name.strip() for name in plan.split(",")]
-    plans = [chosen_plan(name, overrides, opened.architecture, opened.plan_defaults) for name in names]
+    plans = [named_plan(name, opened.architecture, opened.plan_defaults, overrides) for name in split_plans(plan)]
     reporter = Reporter(quiet=as_json)
     found: dict[str, list[Measurement]] = {}
     failed: dict[str, str] = {}

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import GtrError, UsageError
+from ..sampling.named import named_plan, split_plans
 from .backend_options import backend_options, load_pipeline
 from .console import Reporter, print_json, print_table
-from .plan_options import chosen_plan, plan_options
+from .plan_options import plan_options
 from .request_options import image_settings
 
 if TYPE_CHECKING:
@@ -123,10 +124,10 @@ def evaluate(
         checked_target(plot)
     opened = Bundle.load(bundle)
     architecture = opened.architecture
-    names = [name.strip() for name in plan.split(",")]
+    names = split_plans(plan)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"--plans: {', '.join(twice)} stands there twice")
-    plans = [chosen_plan(name, overrides, architecture, opened.plan_defaults) for name in names]
+    plans = [named_plan(name, architecture, opened.plan_defaults, overrides) for name in names]
     reporter = Reporter(quiet=as_json)
     measure = open_measure(opened, reference, inception_weights, engine)
     requests = opened.conditioner.samples(images)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
+from ..sampling.named import named_plan
 from .backend_options import backend_options, load_pipeline
 from .console import Reporter, print_json
-from .plan_options import chosen_plan, plan_options
+from .plan_options import plan_options
 from .request_options import RequestOptions, image_settings, request_options
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def generate(
     wanted = requests.parsed(conditioner)
     asked = [request for request in wanted for _ in range(requests.images)]
     seeds = [seed + index for index in range(len(asked))]
-    resolved = chosen_plan(plan, overrides, architecture, opened.plan_defaults)
+    resolved = named_plan(plan, architecture, opened.plan_defaults, overrides)
     out.mkdir(parents=True, exist_ok=True)
     for folder in {out, *(path.parent for path in (grid, trace, save_latents) if path is not None)}:
         sweep(folder)

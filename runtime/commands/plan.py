@@ -10,9 +10,10 @@ import click
 
 from ..models.architecture import Architecture
 from ..models.families import family_of, known_models
+from ..sampling.named import named_plan
 from ..sampling.plan import ARStep, preset, resolve
 from .console import print_json, print_table
-from .plan_options import chosen_plan, plan_options
+from .plan_options import plan_options
 
 #: Of every step, in the JSON.
 _TOLD = ("known", "predicted", "context", "diffusion_steps", "refined", "refined_diffusion_steps", "guidance", "flops")
@@ -25,7 +26,7 @@ _TOLD = ("known", "predicted", "context", "diffusion_steps", "refined", "refined
 def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: bool) -> None:
     """Print a plan as a table: what every AR step does and costs. BUNDLE may also be a model name such as mar-h."""
     architecture, defaults = _model_of(bundle)
-    resolved = chosen_plan(plan, overrides, architecture, defaults)
+    resolved = named_plan(plan, architecture, defaults, overrides)
     original = next(iter(family_of(architecture).presets))
     baseline = resolve(preset(original, architecture, {**defaults, "cfg": resolved.settings.cfg}), architecture)
     ratio = baseline.flops / resolved.flops

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ..errors import PlanError
-from ..models.architecture import Architecture
-from ..sampling.orders import ORDERS, PARITIES, stage_sets
-from ..sampling.plan import (
-    CFG_SCHEDULES,
-    CONTEXTS,
-    TOKEN_SCHEDULES,
-    PlanSettings,
-    SamplingPlan,
-    preset,
-    preset_names,
-    resolve,
-)
+from ..sampling.orders import ORDERS, PARITIES
+from ..sampling.plan import CFG_SCHEDULES, CONTEXTS, TOKEN_SCHEDULES, preset_names
 from ..sampling.selection import FTS_RULES
 from .option_groups import given, with_options
 
@@ -80,7 +68,9 @@ def plan_options(multiple: bool = False) -> Callable[[Callable[..., Any]], Calla
     stages = "Number of stages K; AR steps are spread anew, 4:1 from one generation stage to the next."
     option = click.option("--stages", "plan_stages", type=click.IntRange(1, 8), help=stages)
     several = " Several, separated by commas." if multiple else ""
-    text = f"Preset: {', '.join(preset_names())}.{several}"
+    text = (
+        f"Preset ({', '.join(preset_names())}), with changes (gtr:cfg=3,fts=none), or a file of `plan --json`.{several}"
+    )
 
     names = ("--plan", "--plans") if multiple else ("--plan",)
 
@@ -91,37 +81,3 @@ def plan_options(multiple: bool = False) -> Callable[[Callable[..., Any]], Calla
         return click.option(*names, "plan", default="gtr", show_default=True, help=text)(wrapped)
 
     return decorate
-
-
-def chosen_plan(
-    name: str, overrides: Mapping[str, Any], architecture: Architecture, defaults: Mapping[str, Any]
-) -> SamplingPlan:
-    """The preset, the model's defaults, then the overrides, resolved.
-
-    Raises:
-        PlanError: a setting is out of range or does not fit the model.
-    """
-    settings = preset(name, architecture, defaults)
-    values = dict(overrides)
-    stages = values.pop("stages", None)
-    if stages is not None:
-        if "stage_steps" in values and len(values["stage_steps"]) != stages:
-            raise PlanError(f"--stages {stages} contradicts --stage-steps with {len(values['stage_steps'])} numbers")
-        settings = with_stages(settings, stages, architecture)
-    return resolve(replace(settings, **values), architecture)
-
-
-def with_stages(settings: PlanSettings, stages: int, architecture: Architecture) -> PlanSettings:
-    """The same number of AR steps over ``stages`` stages [ours].
-
-    The last stage keeps its steps; the others share the rest 4:1 from one to the next, as the paper's 24 and 6 do, cut
-    to the tokens that a stage has.
-    """
-    sizes = [len(members) for members in stage_sets(architecture.grid, stages, settings.parity)]
-    if stages == 1:
-        return replace(settings, stage_steps=(min(sum(settings.stage_steps), sizes[0]),))
-    last = settings.stage_steps[-1] if len(settings.stage_steps) > 1 else 2
-    rest = max(sum(settings.stage_steps) - last, stages - 1)
-    weights = [4 ** (stages - 2 - k) for k in range(stages - 1)]
-    steps = [max(1, round(rest * weight / sum(weights))) for weight in weights]
-    return replace(settings, stage_steps=tuple(min(n, size) for n, size in zip([*steps, last], sizes, strict=True)))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .diffusion import ReverseProcess, reverse_process
 from .noise import NoiseSource
-from .plan import ARStep, PlanSettings
+from .plan import ARStep, FittedSettings
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -105,7 +105,7 @@ class DiffusionChain:
 
 
 def diffusion_chain(
-    step: ARStep, settings: PlanSettings, predict: Integers, refined: NDArray[np.bool_], noise: NoiseSource
+    step: ARStep, settings: FittedSettings, predict: Integers, refined: NDArray[np.bool_], noise: NoiseSource
 ) -> DiffusionChain:
     """The reverse steps of one AR step for a batch; ``predict`` int64 [B, P], ``refined`` bool [B, P]."""
     shape = chain_shape(step)

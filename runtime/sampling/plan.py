@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ CONTEXTS = ("full", "compact")
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Everything that can be chosen about a generation.
+    """Everything that can be chosen about a generation. What is None comes from the model.
 
     Attributes:
         name: preset that these settings come from, for people; changes nothing.
@@ -58,13 +58,13 @@ class PlanSettings:
     token_schedule: str = "uniform"
     generation_diffusion: tuple[int, int] = (50, 20)
     reconstruction_diffusion: int = 20
-    max_timestep: int = TRAINING_STEPS - 1
+    max_timestep: int | None = None
     fts: str = "fts"
     fts_fraction: float = 0.1
     fts_diffusion: int = 50
-    cfg: float = 1.0
-    cfg_schedule: str = "linear"
-    temperature: float = 1.0
+    cfg: float | None = None
+    cfg_schedule: str | None = None
+    temperature: float | None = None
     context: str = "full"
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +83,16 @@ class PlanSettings:
             raise PlanError(f"plan settings have unknown or missing fields: {sorted(unknown) or 'name, stage_steps'}")
         settings: dict[str, Any] = {k: tuple(item) if isinstance(item, list) else item for k, item in value.items()}
         return cls(**settings)
+
+
+@dataclass(frozen=True)
+class FittedSettings(PlanSettings):
+    """Settings in which nothing is left open; see :func:`fitted`."""
+
+    max_timestep: int = TRAINING_STEPS - 1
+    cfg: float = 1.0
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
 
 
 MODEL_DEFAULTS = ("cfg", "cfg_schedule", "max_timestep", "temperature")
@@ -154,7 +164,7 @@ class ARStep:
 class SamplingPlan:
     """Settings resolved for one model: the list of AR steps."""
 
-    settings: PlanSettings
+    settings: FittedSettings
     steps: tuple[ARStep, ...]
 
     @property
@@ -168,9 +178,8 @@ class SamplingPlan:
         return sum(step.head_calls for step in self.steps)
 
 
-def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | None = None) -> PlanSettings:
-    """A preset of a model's family, AR steps cut to the tokens that a stage has, with the model's own defaults, such as
-    its published ``cfg``; a ``max_timestep`` of these only ever lowers the preset's.
+def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | None = None) -> FittedSettings:
+    """A preset of a model's family, by name; see :func:`fitted`.
 
     Raises:
         PlanError: unknown preset, or no such stages on this grid.
@@ -178,23 +187,42 @@ def preset(name: str, architecture: Architecture, defaults: Mapping[str, Any] | 
     known = presets_of(family_of(architecture))
     if name not in known:
         raise PlanError(f"plan {name!r} is not one of {', '.join(known)}")
-    settings = known[name]
-    sets = stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)
-    steps = tuple(min(wanted, len(members)) for wanted, members in zip(settings.stage_steps, sets, strict=True))
+    return fitted(known[name], architecture, defaults)
+
+
+def fitted(
+    settings: PlanSettings, architecture: Architecture, defaults: Mapping[str, Any] | None = None
+) -> FittedSettings:
+    """Settings for one model: what they leave open comes from the model's own defaults, such as its published ``cfg``;
+    AR steps and a ``max_timestep`` that are a preset's, not somebody's choice, are cut to what the model has.
+
+    Raises:
+        PlanError: no such stages on this grid, or defaults for what no model can have any.
+    """
     values = dict(defaults or {})
     if unknown := sorted(set(values) - set(MODEL_DEFAULTS)):
         raise PlanError(f"a model cannot have defaults for {', '.join(unknown)}, only for {', '.join(MODEL_DEFAULTS)}")
-    if "max_timestep" in values:
-        values["max_timestep"] = min(values["max_timestep"], settings.max_timestep)
-    return replace(settings, stage_steps=steps, **values)
+    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    given |= {name: values[name] for name in values if given[name] is None}
+    own = presets_of(family_of(architecture)).get(settings.name)
+    if own is not None and settings.stage_steps == own.stage_steps:  # not somebody's choice
+        sets = stage_sets(architecture.grid, len(settings.stage_steps), settings.parity)
+        given["stage_steps"] = tuple(min(n, len(part)) for n, part in zip(settings.stage_steps, sets, strict=True))
+    if own is not None and own.max_timestep is not None and settings.max_timestep == own.max_timestep:
+        given["max_timestep"] = min(values.get("max_timestep", own.max_timestep), own.max_timestep)
+    left_open = {name for name in MODEL_DEFAULTS if given[name] is None}
+    return FittedSettings(**{name: value for name, value in given.items() if name not in left_open})
 
 
-def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
-    """The AR steps of ``settings`` on ``architecture``.
+def resolve(
+    settings: PlanSettings, architecture: Architecture, defaults: Mapping[str, Any] | None = None
+) -> SamplingPlan:
+    """The AR steps of ``settings``, :func:`fitted`, on ``architecture``.
 
     Raises:
         PlanError: a setting is out of range or does not fit the model; one line that names it.
     """
+    settings = fitted(settings, architecture, defaults)
     _check(settings)
     family = family_of(architecture)
     if settings.cfg != 1.0 and not family.conditioner.inputs:
@@ -247,7 +275,7 @@ def resolve(settings: PlanSettings, architecture: Architecture) -> SamplingPlan:
     return SamplingPlan(settings, tuple(steps))
 
 
-def _generation_diffusion(settings: PlanSettings, step: int, total: int) -> int:
+def _generation_diffusion(settings: FittedSettings, step: int, total: int) -> int:
     """T_s = last + floor((first - last) * (G-1-s) / (G-1)) over G generation steps [paper; granularity: ours]."""
     first, last = settings.generation_diffusion
     if total == 1:
@@ -272,7 +300,7 @@ def _stage_counts(stage: int, size: int, steps: int, schedule: str) -> list[int]
     return counts
 
 
-def _check(settings: PlanSettings) -> None:
+def _check(settings: FittedSettings) -> None:
     def whole(what: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise PlanError(f"{what} {value!r} is not a whole number")

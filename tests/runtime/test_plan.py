@@ -24,7 +24,7 @@ from gtr_deploy.runtime.errors import PlanError
 from gtr_deploy.runtime.models.architecture import Architecture
 from gtr_deploy.runtime.models.flops import head_flops
 from gtr_deploy.runtime.models.mar import backbone_flops
-from gtr_deploy.runtime.sampling.plan import PRESETS, PlanSettings, SamplingPlan, preset, resolve
+from gtr_deploy.runtime.sampling.plan import PRESETS, PlanSettings, SamplingPlan, fitted, preset, resolve
 
 MAR_B, MAR_H = ARCHITECTURES["mar-b"], ARCHITECTURES["mar-h"]
 GTR = PRESETS["gtr"]
@@ -57,7 +57,7 @@ def test_presets_are_the_documented_ones() -> None:
     assert {s.generation_diffusion for n, s in PRESETS.items() if n in ("mar", "mar-256", "halton")} == {(100, 100)}
     assert {s.generation_diffusion for n, s in PRESETS.items() if n.startswith("gtr")} == {(50, 20)}
     assert (PRESETS["disa"].generation_diffusion, PRESETS["disa"].max_timestep) == ((50, 5), 950)
-    assert all(s.max_timestep == 999 for n, s in PRESETS.items() if n != "disa")
+    assert all(s.max_timestep is None for n, s in PRESETS.items() if n != "disa")
     assert {n for n, s in PRESETS.items() if s.fts == "fts"} == {"gtr", "gtr-compact", "gtr-fast"}
 
 
@@ -305,7 +305,6 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"fts_fraction": True}, "FTS fraction True is not in 0..1"),
     ({"cfg": -1}, "cfg -1 is not in 0..100"),
     ({"cfg": math.inf}, "cfg inf is not in 0..100"),
-    ({"cfg": None}, "cfg None is not in 0..100"),
     ({"temperature": 11}, "temperature 11 is not in 0..10"),
     ({"temperature": math.nan}, "temperature nan is not in 0..10"),
 ]
@@ -350,7 +349,7 @@ def test_preset_on_a_grid_that_is_too_small() -> None:
 
 def test_model_defaults() -> None:
     found = preset("gtr", MAR_H, {"cfg": 3.2, "temperature": 0.9, "max_timestep": 950})
-    assert found == replace(GTR, cfg=3.2, temperature=0.9, max_timestep=950)
+    assert found == fitted(replace(GTR, cfg=3.2, temperature=0.9, max_timestep=950), MAR_H)
     # A preset's own lower limit stays, whatever the model says.
     assert preset("disa", MAR_H, {"max_timestep": 999}).max_timestep == 950
     assert preset("disa", MAR_H, {"max_timestep": 900}).max_timestep == 900
