@@ -13,9 +13,9 @@ import quality_figures as figures
 from commands import runner
 from PIL import Image
 
-from gtr_deploy.runtime.commands.plan_options import chosen_plan
 from gtr_deploy.runtime.errors import UsageError
 from gtr_deploy.runtime.models.families import known_models
+from gtr_deploy.runtime.sampling.named import named_plan
 
 SMALL: dict[str, Any] = {
     "stage_steps": (2, 1, 1),
@@ -47,7 +47,7 @@ def test_configurations_fit_the_model_and_differ() -> None:
     assert len({entry.name for entry in entries}) == len(entries)
     model = known_models()["mar-digits"]
     plans = [
-        chosen_plan(entry.preset, entry.overrides, model.architecture, model.plan_defaults).settings
+        named_plan(entry.preset, model.architecture, model.plan_defaults, entry.overrides).settings
         for entry in entries
     ]
     assert len({json.dumps({**plan.to_json(), "name": ""}) for plan in plans}) == len(entries)
