@@ -127,7 +127,7 @@ class Bundle:
         if data and data.file != data_file(PurePosixPath(files.model.file)).as_posix():
             raise BundleError(f"{path} has the data file {data.file!r} in the manifest, which is not called like it")
         with files.model.opened(self.folder, checksums=False) as file:
-            stamps = [(path, stamp(os.fstat(file.fileno())))]
+            stamps = [(path, stamp(os.fstat(file.fileno())), files.model.sha256 if checksums else None)]
             model = file.read()
         if checksums:
             files.model.compare(path, hashlib.sha256(model).hexdigest())
@@ -138,7 +138,8 @@ class Bundle:
             raise BundleError(f"{path}: {error}") from None
         if data:
             with data.opened(self.folder, checksums) as file:
-                stamps.append((inside(self.folder, data.file), stamp(os.fstat(file.fileno()))))
+                status = os.fstat(file.fileno())
+                stamps.append((inside(self.folder, data.file), stamp(status), data.sha256 if checksums else None))
         return GraphFile(path, model, tuple(stamps), entry.outputs, precisions)
 
     def engine_paths(self, engines: EngineSet, checksums: bool = True) -> dict[str, Path]:

@@ -47,8 +47,7 @@ def test_configurations_fit_the_model_and_differ() -> None:
     assert len({entry.name for entry in entries}) == len(entries)
     model = known_models()["mar-digits"]
     plans = [
-        named_plan(entry.preset, model.architecture, model.plan_defaults, entry.overrides).settings
-        for entry in entries
+        named_plan(entry.preset, model.architecture, model.plan_defaults, entry.overrides).settings for entry in entries
     ]
     assert len({json.dumps({**plan.to_json(), "name": ""}) for plan in plans}) == len(entries)
     assert {*figures.FAILURES, *figures.SHOWN} <= {entry.name for entry in entries}
