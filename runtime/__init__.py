@@ -6,6 +6,12 @@ pipeline = Pipeline.load("bundles/mar-digits-fp32")
 pipeline.generate([3, 7], seeds=[0, 1], plan="gtr").images
 """
 
+import os
+
+# ONNX Runtime for Linux and macOS reports itself over the network and keeps a device id below the home folder unless
+# this is set before it starts. Who wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from .bundle.reader import Bundle
 from .errors import BackendError, BundleError, GtrError, PlanError, UsageError
 from .pipeline import Generation, Pipeline

@@ -11,21 +11,34 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import BundleError
+from .errors import BundleError, UsageError
 
 _COUNTER = itertools.count()  # several threads may write at once
 CACHE_VARIABLE = "GTR_DEPLOY_CACHE"
 
 
 def cache_dir() -> Path:
-    """Where downloads, digests and compiled kernels are kept: $GTR_DEPLOY_CACHE, or ~/.cache/gtr-deploy."""
+    """Where downloads, digests and compiled kernels are kept: $GTR_DEPLOY_CACHE, or ~/.cache/gtr-deploy; a private
+    folder among the temporary ones for a user without a home.
+
+    Raises:
+        UsageError: that folder is somebody else's.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "gtr-deploy"
+    try:
+        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "gtr-deploy"
+    except RuntimeError:  # containers run under numbers that nobody has given a name or a home
+        folder = Path(tempfile.gettempdir()) / f"gtr-deploy-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise UsageError(f"there is no home folder, and {folder} is not yours; set {CACHE_VARIABLE}") from None
+        return folder
 
 
 @contextmanager

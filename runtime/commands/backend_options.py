@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,9 +69,13 @@ def load_pipeline(bundle: Bundle, engine: BackendOptions, reporter: Reporter) ->
     Raises:
         BundleError, BackendError, UsageError: see :meth:`Pipeline.load`.
     """
+    from ..machine.cpu import usable_cpus
     from ..pipeline import Pipeline
     from .watch import watch_calls
 
+    if engine.threads is not None and engine.threads > (most := usable_cpus()):
+        reporter.say(f"--threads {engine.threads}: this process may use {most} processors, so {most} threads")
+        engine = replace(engine, threads=most)
     with reporter.stage(f"load {bundle.folder}"):
         pipeline = Pipeline.load(
             bundle, engine.backend, engine.threads, True, engine.provider, engine.device, engine.cuda_graph

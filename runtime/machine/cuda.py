@@ -22,6 +22,8 @@ INSTALL = "pip install 'gtr-deploy[tensorrt]'"
 SMALLEST_ALLOCATION = 256
 """Bytes. TensorRT wants an address even for an empty tensor, and CUDA gives none for 0 bytes."""
 
+NO_DRIVER = "no NVIDIA driver is installed"
+
 
 class CudaError(BackendError):
     """A CUDA call failed: CUDA's name of the error, and what is wrong, without what was tried."""
@@ -221,7 +223,7 @@ def _devices(runtime: ModuleType) -> list[Gpu]:
     code = _code(counted)
     old = "cudaErrorInsufficientDriver"
     if driver == 0:
-        raise CudaError(looking, old, "no NVIDIA driver is installed; install one, then check it with nvidia-smi")
+        raise CudaError(looking, old, f"{NO_DRIVER}; install one, then check it with nvidia-smi")
     if code == old:
         text = f"the driver supports CUDA {_version(driver)}, cuda-bindings needs CUDA {version // 1000}.0; "
         raise CudaError(looking, code, f"{text}update the driver, or pip install 'cuda-bindings=={driver // 1000}.*'")
