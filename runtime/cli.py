@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .commands.bench import bench
+from .commands.compare import compare
 from .commands.console import CommandGroup
 from .commands.doctor import doctor
 from .commands.evaluate import evaluate
@@ -18,7 +19,7 @@ def main() -> None:
     """Generate images from a bundle with the GtR two-stage sampler."""
 
 
-for _command in (generate, show_plan, bench, doctor, evaluate):
+for _command in (generate, show_plan, compare, bench, doctor, evaluate):
     main.add_command(_command)
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: boo
     print_table(columns, rows, title=f"{architecture.name}, plan {resolved.settings.name}")
     click.echo(
         f"{len(resolved.steps)} AR steps, {resolved.head_calls} diffusion head calls, "
-        f"{_flops(resolved.flops)} per image; {original} needs {_flops(baseline.flops)}: {ratio:.2f}x"
+        f"{flops_text(resolved.flops)} per image; {original} needs {flops_text(baseline.flops)}: {ratio:.2f}x"
     )
 
 
@@ -73,7 +73,8 @@ def _diffusion_cell(step: ARStep) -> str:
     return f"{step.diffusion_steps}{refined}"
 
 
-def _flops(value: int) -> str:
+def flops_text(value: int) -> str:
+    """Such as ``13.82 GFLOP``."""
     return f"{value / 1e12:.2f} TFLOP" if value >= 1e11 else f"{value / 1e9:.2f} GFLOP"
 
 

@@ -56,9 +56,14 @@ class Grid:
         return self.columns * (self.cell[0] + GAP) - GAP
 
     @property
+    def row_height(self) -> int:
+        """From one row to the next."""
+        return self.cell[1] + self.caption_height + GAP
+
+    @property
     def height(self) -> int:
         """Of all cells, their captions and the gaps between them."""
-        return self.rows * (self.cell[1] + self.caption_height + GAP) - GAP
+        return self.rows * self.row_height - GAP
 
     def draw(
         self, canvas: Image.Image, origin: tuple[int, int], cells: Sequence[Image.Image], captions: Sequence[str]
@@ -68,7 +73,7 @@ class Grid:
         for index, cell in enumerate(cells):
             row, column = divmod(index, self.columns)
             left = origin[0] + column * (self.cell[0] + GAP)
-            top = origin[1] + row * (self.cell[1] + self.caption_height + GAP)
+            top = origin[1] + row * self.row_height
             # A hairline around the cell, outside of it: images may be as light as the background.
             pen.rectangle((left - 1, top - 1, left + self.cell[0], top + self.cell[1]), outline=_FRAME)
             canvas.paste(cell, (left, top))

@@ -117,3 +117,27 @@ def test_every_command_takes_them(run_cli: Callable[..., Result], digits_bundle:
     ):
         result = run_cli(*command)
         assert result.exit_code == 0, result.stderr
+
+
+def test_compare(run_cli: Callable[..., Result], digits_bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    short = ["--stage-steps", "1,1,2", "--generation-diffusion", "2", "--reconstruction-diffusion", "2"]
+    plans = "gtr-fast,gtr-fast:cfg=1,fts=none"
+    grid = tmp_path / "grid.png"
+    result = run_cli("compare", digits_bundle, "--plans", plans, "--classes", "3,7", "--grid", grid, "--json", *short)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [row["plan"] for row in found["plans"]] == ["gtr-fast", "gtr-fast:cfg=1,fts=none"]
+    assert found["plans"][0]["flops"] > found["plans"][1]["flops"]
+    assert found["seeds"] == [0, 1]
+    sheet = np.asarray(Image.open(grid))
+    run_cli("generate", digits_bundle, "--classes", "3", "--plan", "gtr-fast", "--out", tmp_path / "one", *short)
+    (picture,) = (tmp_path / "one").rglob("*.png")
+    wanted = np.asarray(Image.open(picture).convert("RGB")).repeat(3, axis=0).repeat(3, axis=1)
+    height, width = wanted.shape[:2]
+    places = [(y, x) for y in range(20, 80) for x in range(80, 360)]
+    assert any(np.array_equal(sheet[y : y + height, x : x + width], wanted) for y, x in places)
+    for bad, code in ((["--plans", "gtr,", "--classes", "3"], 2), (["--classes", "3", "--grid", "x.gif"], 2)):
+        assert run_cli("compare", digits_bundle, *bad).exit_code == code
+    assert "nobody can read more" in run_cli("compare", digits_bundle, "--classes", "0-9", "--images", "2").stderr
