@@ -6,7 +6,6 @@ gives no digests, so a wrong size and a web page in place of a file are all that
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -46,6 +45,8 @@ def find_or_download(source: WeightSource, cached_name: str, reporter: Reporter)
         GtrError: a file has the wrong size; no curl, connection, disk space or permission; a refusal, a file that is
             not the published one, or another process at the same download.
     """
+    import fcntl  # not on Windows
+
     target = cache_dir() / cached_name
     for candidate in (target, Path(source.default_path)):
         if candidate.is_file():

@@ -113,23 +113,37 @@ class Reporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._live = sys.stderr.isatty() and not quiet
+        self._live = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not quiet
+        self._shown: Any = None  # the live display that is running
 
     def say(self, text: str) -> None:
-        """One line."""
-        if not self._quiet:
+        """One line; above the live display, if one is running."""
+        if self._shown is not None:
+            self._shown.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        elif not self._quiet:
             click.echo(text, err=True)
+
+    @contextmanager
+    def _display(self, *columns: Any) -> Iterator[Any]:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            outer, self._shown = self._shown, progress
+            try:
+                yield progress
+            finally:
+                self._shown = outer
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """A phase of unknown length: shown while it runs, with its seconds at the end."""
         start = time.monotonic()
         if self._live:
-            from rich.console import Console
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
             columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            with self._display(*columns) as progress:
                 progress.add_task(name, total=None)
                 yield
         else:
@@ -141,8 +155,7 @@ class Reporter:
     def bar(self, name: str, total: int, unit: str = "") -> Iterator[Progressed]:
         """A phase of known length. Yields an object whose ``to(done)`` is called as it advances."""
         if self._live:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             columns = (
                 TextColumn("{task.description}", markup=False),
@@ -151,7 +164,7 @@ class Reporter:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            with self._display(*columns) as progress:
                 task = progress.add_task(name, total=total)
                 yield Progressed(lambda done: progress.update(task, completed=done))
         else:
@@ -171,11 +184,10 @@ class Reporter:
         if not self._live:
             yield Phases(lambda phase: self.say(f"{name}: {phase} ..."))
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with self._display(*columns) as progress:
             progress.add_task(name, total=None)
             yield Phases(None, progress)
 

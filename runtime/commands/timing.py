@@ -102,14 +102,16 @@ def part_shares(pipeline: Pipeline, generation: Callable[[], float]) -> dict[str
 
 
 def peak_memory() -> int:
-    """Highest resident memory of this process, bytes."""
+    """Highest resident memory of this process, bytes; 0 where the system does not tell."""
     try:
         # On Linux getrusage also counts what the process that started this one had at that moment.
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
     except (OSError, ValueError, StopIteration):
         pass
-    import resource  # not there on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
