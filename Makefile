@@ -9,6 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 
 demo: $(VENV)/.demo
 	$(BIN)/gtr-export build --model mar-digits --out $(OUT)/mar-digits
+	rm -rf $(OUT)/images
 	$(BIN)/gtr-run generate $(OUT)/mar-digits --classes 0-9 --images-per-class 8 --batch-size 20 --plan gtr \
 		--out $(OUT)/images --grid $(OUT)/grid.png
 	$(BIN)/gtr-run generate $(OUT)/mar-digits --classes 3,7,5,2 --plan gtr --out $(OUT)/images --trace $(OUT)/trace.gif

@@ -20,6 +20,7 @@ from typing import Any
 from .errors import BundleError, UsageError
 
 _COUNTER = itertools.count()  # several threads may write at once
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 CACHE_VARIABLE = "GTR_DEPLOY_CACHE"
 
 
@@ -42,19 +43,38 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` with the same suffix; renamed over it if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A temporary path beside ``path`` with the same suffix; renamed over it if the block ends without an error.
+
+    Args:
+        size: bytes of the whole file where that is known, for the line that says that they do not fit.
+
+    Raises:
+        OSError: the file cannot be written; on a full disk it names ``path``, the bytes needed and those free.
+    """
     temporary = path.with_name(f"{_temporary(str(os.getpid()))}-{next(_COUNTER)}{path.suffix}")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         yield temporary
         os.chmod(temporary, 0o644)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in _FULL or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, _full(temporary, size, error.strerror or "disk full"), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _full(temporary: Path, size: int | None, reason: str) -> str:
+    needed = f"{size:,}" if size is not None else ""
+    with contextlib.suppress(OSError):
+        needed = needed or f"more than {temporary.stat().st_size:,}"
+        return f"{reason}: the file needs {needed} bytes, {shutil.disk_usage(temporary.parent).free:,} are free"
+    return reason
 
 
 def sweep(folder: Path) -> None:

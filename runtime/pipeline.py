@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .sampling.plan import PlanSettings, SamplingPlan, resolve
 
 @dataclass(frozen=True)
 class Generation:
-    """What :meth:`Pipeline.generate` returns.
+    """What :meth:`Pipeline.generate` returns, and :meth:`Pipeline.stream` yields.
 
     Attributes:
         images: uint8 [n, H, W, 3].
@@ -66,6 +67,7 @@ class Pipeline:
         self.plan_defaults = dict(plan_defaults or {})
         self.max_batch = max_batch
         self.backend_why = backend_why
+        self._closed = False
 
     @classmethod
     def load(
@@ -108,8 +110,12 @@ class Pipeline:
         self.backend.warm_up(self.plan(plan), self.max_batch if batch_size is None else batch_size)
 
     def close(self) -> None:
-        """Gives a GPU's memory back; nothing works after this. Backends on the CPU have nothing to give back."""
+        """Gives a GPU's memory back; nothing works after this."""
         self.backend.close()
+        self._closed = True
+
+    def __repr__(self) -> str:
+        return f"<Pipeline {self.architecture.name} on {self.backend.description}{', closed' * self._closed}>"
 
     def __enter__(self) -> Pipeline:
         return self
@@ -148,7 +154,7 @@ class Pipeline:
         observer: Callable[[int], Observer | None] | None = None,
         finished: Callable[[int], None] | None = None,
     ) -> Generation:
-        """Generates one image per request.
+        """Generates one image per request, and returns all of them together; :meth:`stream` keeps one batch only.
 
         Args:
             requests: what the images shall be: class indices where the model has classes.
@@ -167,6 +173,9 @@ class Pipeline:
             BackendError: an engine fails, or gives values that are not finite.
         """
         resolved = self.plan(plan)
+        for name, value in (("requests", requests), ("seeds", [] if seeds is None else seeds)):
+            if isinstance(value, str) or not hasattr(value, "__len__"):
+                raise UsageError(f"{name} are a list, one entry per image, not {value!r}")
         count = len(requests)
         if count == 0:
             raise UsageError("no requests: nothing to generate")
@@ -174,30 +183,80 @@ class Pipeline:
         seeds = list(range(count)) if seeds is None else [checked_seed(seed) for seed in seeds]
         if len(seeds) != count:
             raise UsageError(f"{len(seeds)} seeds for {count} images; give one seed per image")
-        size = min(count, self.max_batch) if batch_size is None else batch_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise UsageError(f"batch size {size!r} is not a whole number of at least 1")
+        size = self._batch_size(batch_size)
         if noise is not None and size < count:
             raise UsageError(f"a noise source needs all {count} images in one batch, the batch size is {size}")
         if orders is not None and len(orders) != count:
             raise UsageError(f"{len(orders)} orders for {count} images; give one order per image")
 
-        images, latents = [], []
+        made = []
         for start in range(0, count, size):
-            part = slice(start, min(start + size, count))
-            job = generation_job(
-                resolved,
-                self.architecture,
-                self.conditioner.arrays(asked[part]),
-                seeds[part],
-                noise or SeededNoise(seeds[part], self.architecture.token_channels),
-                None if orders is None else orders[part],
-            )
-            batch = self.backend.generate(job, observer(start) if observer else None)
-            latents.append(batch)
-            pictures = self.backend.decode(batch)
-            check_shape("decoder", pictures.shape, (len(batch), *self.architecture.image_size, 3))
-            images.append(pictures)
+            part = slice(start, start + size)
+            own = None if orders is None else orders[part]
+            made.append(self._batch(asked[part], seeds[part], resolved, observer and observer(start), noise, own))
             if finished is not None:
-                finished(part.stop)
+                finished(min(start + size, count))
+        images, latents = [batch.images for batch in made], [batch.latents for batch in made]
         return Generation(np.concatenate(images), np.concatenate(latents), tuple(asked), tuple(seeds), resolved)
+
+    def stream(
+        self,
+        requests: Iterable[Request],
+        seeds: Iterable[int] | None = None,
+        plan: str | PlanSettings | SamplingPlan = "gtr",
+        batch_size: int | None = None,
+        observer: Callable[[int], Observer | None] | None = None,
+    ) -> Iterator[Generation]:
+        """Generates one image per request, and yields them batch by batch: any number of images in constant memory.
+
+        Nothing is read from ``requests`` and ``seeds`` before the batch that needs it; they may be generators without
+        an end. The images are those of :meth:`generate`.
+
+        Args:
+            requests, seeds, plan, batch_size, observer: see :meth:`generate`.
+
+        Yields:
+            One :class:`Generation` per batch, of ``batch_size`` images; the last one may have fewer.
+
+        Raises:
+            UsageError: sizes or the plan are out of range (when this is called); requests or seeds are, or there are
+                fewer seeds than requests (when their batch comes).
+            BackendError: an engine fails, or gives values that are not finite.
+        """
+        resolved, size = self.plan(plan), self._batch_size(batch_size)
+        numbers = itertools.count() if seeds is None else iter(seeds)
+
+        def batches() -> Iterator[Generation]:
+            rest, start = iter(requests), 0
+            while asked := [self.conditioner.checked(request) for request in itertools.islice(rest, size)]:
+                own = [checked_seed(seed) for seed in itertools.islice(numbers, len(asked))]
+                if len(own) != len(asked):
+                    raise UsageError(f"{start + len(own)} seeds for more images; give one seed per image")
+                yield self._batch(asked, own, resolved, observer and observer(start))
+                start += len(asked)
+
+        return batches()
+
+    def _batch_size(self, size: int | None) -> int:
+        size = self.max_batch if size is None else size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UsageError(f"batch size {size!r} is not a whole number of at least 1")
+        return size
+
+    def _batch(
+        self,
+        asked: Sequence[Request],
+        seeds: Sequence[int],
+        plan: SamplingPlan,
+        observer: Observer | None,
+        noise: NoiseSource | None = None,
+        orders: Integers | None = None,
+    ) -> Generation:
+        if self._closed:
+            raise UsageError("this pipeline is closed; load the bundle again")
+        arrays = self.conditioner.arrays(asked)
+        noise = noise or SeededNoise(seeds, self.architecture.token_channels)
+        latents = self.backend.generate(generation_job(plan, self.architecture, arrays, seeds, noise, orders), observer)
+        images = self.backend.decode(latents)
+        check_shape("decoder", images.shape, (len(latents), *self.architecture.image_size, 3))
+        return Generation(images, latents, tuple(asked), tuple(seeds), plan)

@@ -48,7 +48,7 @@ def test_it_is_built_verified_and_generates(toy_bundle: Path, tmp_path: Path, ru
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert [Path(image["file"]).name for image in document["images"]] == [
-        f"unconditional-seed{seed}.png" for seed in range(3)
+        f"unconditional-gtr-seed{seed:06d}.png" for seed in range(3)
     ]
     assert run_cli("bench", toy_bundle, "--backend", "onnxruntime", "--repeat", "1").exit_code == 0
     assert run_cli("plan", toy_bundle, "--plan", "slow").exit_code == 0

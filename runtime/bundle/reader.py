@@ -7,12 +7,15 @@ another size or checksum, or graphs with another contract than this version's. O
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import msgspec
 from msgspec import structs
 
 from ..errors import BundleError, printable
@@ -80,6 +83,15 @@ class Bundle:
     def precision(self) -> str:
         """One of ``graphs.PRECISIONS``."""
         return self.manifest.precision.name
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the manifest says of pictures: the model, its requests and every graph. Engines built for a
+        machine, reports and the time of a build do not change it."""
+        manifest = self.manifest
+        parts = [manifest.model, manifest.conditioning, manifest.precision, manifest.graphs]
+        values = [json.loads(msgspec.json.encode(part)) for part in parts]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
     def graphs(self) -> Mapping[str, GraphEntry]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -254,10 +253,7 @@ def _batches(job: _Job) -> Iterator[tuple[NDArray[np.uint8], list[Request], floa
 
 
 def _settings(job: _Job, request: Request, seed: int) -> dict[str, Any]:
-    """What decides an image, for its PNG: more than ``generate`` says, since it has to be found again."""
-    sums = "".join(files.model.sha256 for _, files in sorted(job.bundle.graphs.items()))
-    graphs = hashlib.sha256(sums.encode()).hexdigest()
-    return image_settings(job.bundle, job.pipeline.backend.name, request, seed, job.plan, graphs=graphs)
+    return image_settings(job.bundle, job.pipeline.backend.name, request, seed, job.plan)
 
 
 def _read(files: Mapping[Path, Mapping[str, Any]]) -> NDArray[np.uint8] | None:
@@ -267,9 +263,8 @@ def _read(files: Mapping[Path, Mapping[str, Any]]) -> NDArray[np.uint8] | None:
         GtrError: an image of another plan, seed or bundle lies there.
     """
     import numpy as np
-    from PIL import Image
 
-    from ..pictures.png import read_settings
+    from ..pictures.png import read_pixels, read_settings
 
     if not all(file.is_file() for file in files):
         return None
@@ -280,8 +275,7 @@ def _read(files: Mapping[Path, Mapping[str, Any]]) -> NDArray[np.uint8] | None:
             if found.get(key) != value:
                 again = "give --save-images another folder, or empty that one"
                 raise GtrError(f"{file} was made with another {key}; {again}")
-        with Image.open(file) as picture:
-            pictures.append(np.asarray(picture.convert("RGB")))
+        pictures.append(read_pixels(file))
     return np.stack(pictures)
 
 

@@ -56,14 +56,12 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_options(command, {**options, "images": several}, gather)
 
 
-def image_settings(
-    bundle: Bundle, backend: str, request: Request, seed: int, plan: SamplingPlan, **more: str
-) -> dict[str, Any]:
-    """What a picture's PNG says of how it was made; ``more`` is said of the bundle."""
+def image_settings(bundle: Bundle, backend: str, request: Request, seed: int, plan: SamplingPlan) -> dict[str, Any]:
+    """What a picture's PNG says of how it was made: all that decides it."""
     return {
         "model": bundle.architecture.name,
+        "bundle": bundle.digest,
         "precision": bundle.precision,
-        **more,
         "backend": backend,
         **bundle.conditioner.record(request),
         "seed": seed,

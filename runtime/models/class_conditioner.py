@@ -72,11 +72,16 @@ class ClassConditioner(Conditioner, frozen=True, forbid_unknown_fields=True):
         return class_name(request, self.class_names)
 
     def stem(self, request: int) -> str:
+        # The number first and as wide as the last one: what reads a folder per class numbers them as they sort.
+        number = f"class{request:0{len(str(self.classes - 1))}d}"
         slug = "".join(c if c.isalnum() else "_" for c in self.caption(request))[:40]
-        return f"{slug}-class{request}"
+        return number if slug == str(request) else f"{number}-{slug}"
 
     def record(self, request: int) -> dict[str, Any]:
         return {"class": request, "class_name": self.caption(request)}
+
+    def recalled(self, record: Mapping[str, Any]) -> int:
+        return self.checked(record.get("class"))
 
     def samples(self, count: int, spread: bool = False) -> list[int]:
         classes = self.classes

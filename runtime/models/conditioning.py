@@ -69,11 +69,19 @@ class Conditioner(Struct, frozen=True, forbid_unknown_fields=True):
 
     @abstractmethod
     def stem(self, request: Request) -> str:
-        """The part of a picture's file name that tells requests apart."""
+        """The part of a picture's file name, or its folder, that tells requests apart and sorts them."""
 
     @abstractmethod
     def record(self, request: Request) -> dict[str, Any]:
         """What a PNG's settings and JSON say of it; plain values."""
+
+    @abstractmethod
+    def recalled(self, record: Mapping[str, Any]) -> Request:
+        """The request of which :meth:`record` said this, among other keys.
+
+        Raises:
+            UsageError: something is missing or wrong; one line without the file's name.
+        """
 
     @abstractmethod
     def samples(self, count: int, spread: bool = False) -> list[Request]:

@@ -228,7 +228,10 @@ def test_generate(server: Server, digits_bundle: Path, root: Path) -> None:
     points = _explore(
         server,
         root,
-        ["gtr-run", "generate", str(digits_bundle), "--classes", "3,7", "--out", str(out), "--grid", str(grid), *SHORT],
+        [
+            *("gtr-run", "generate", str(digits_bundle), "--classes", "3,7", "--batch-size", "1", "--resume", *SHORT),
+            *("--out", str(out), "--grid", str(grid)),
+        ],
         lambda: (out.mkdir(), (out / "letter.txt").write_text("mine")),
         lambda: all(Image.open(picture).load() for picture in root.rglob("[!.]*.png")),
     )

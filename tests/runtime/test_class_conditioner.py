@@ -221,6 +221,13 @@ def test_what_is_no_class_is_refused(request_: object) -> None:
 
 def test_a_file_name_has_nothing_that_a_path_could_be() -> None:
     hostile = ClassConditioner(("../../etc/passwd, x", "a\x1b[31mred"))
-    assert hostile.stem(0) == "______etc_passwd-class0"
-    assert hostile.stem(1) == "a__31mred-class1"
+    assert hostile.stem(0) == "class0-______etc_passwd"
+    assert hostile.stem(1) == "class1-a__31mred"
     assert hostile.record(0) == {"class": 0, "class_name": "../../etc/passwd"}
+    assert hostile.recalled(hostile.record(1)) == 1
+
+
+def test_file_names_sort_as_the_classes_do() -> None:
+    stems = [ClassConditioner(imagenet()).stem(label) for label in range(1000)]
+    assert [stem.split("-")[0] for stem in sorted(stems)] == [f"class{label:03d}" for label in range(1000)]
+    assert stems[1] == "class001-goldfish"

@@ -141,3 +141,15 @@ def test_compare(run_cli: Callable[..., Result], digits_bundle: Path, tmp_path: 
     for bad, code in ((["--plans", "gtr,", "--classes", "3"], 2), (["--classes", "3", "--grid", "x.gif"], 2)):
         assert run_cli("compare", digits_bundle, *bad).exit_code == code
     assert "nobody can read more" in run_cli("compare", digits_bundle, "--classes", "0-9", "--images", "2").stderr
+
+
+def test_what_python_gets_wrong_is_a_usage_error(digits_bundle: Path) -> None:
+    pipeline = Pipeline.load(digits_bundle, "onnxruntime", threads=1)
+    assert repr(pipeline) == "<Pipeline mar-digits on onnxruntime cpu>"
+    for wrong in ({"requests": 3}, {"requests": "37"}, {"requests": [3], "seeds": 7}, {"requests": [3], "plan": None}):
+        with pytest.raises(UsageError):
+            pipeline.generate(**wrong)  # type: ignore[arg-type]
+    pipeline.close()
+    assert "closed" in repr(pipeline)
+    with pytest.raises(UsageError, match="is closed; load the bundle again"):
+        pipeline.generate([3], plan="gtr-fast")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.orders import generation_orders
 
 DIGITS = ARCHITECTURES["mar-digits"]
+SHORT = PlanSettings("short", (2, 1, 1), generation_diffusion=(3, 3), reconstruction_diffusion=3, fts_diffusion=4)
 
 
 @pytest.mark.parametrize("plan", ["gtr", "gtr-compact", "halton"])
@@ -170,3 +174,48 @@ class TestOnnxRuntimeBackend:
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
         with pytest.raises(BackendError, match="pip install"):
             OnnxRuntimeBackend({})
+
+
+def test_a_stream_takes_what_it_needs_and_keeps_nothing(digits_pipeline: Pipeline) -> None:
+    taken: list[int] = []
+    alive: list[weakref.ref[Any]] = []
+
+    def endless() -> Iterator[int]:
+        for index in itertools.count():
+            taken.append(index)
+            yield index % 10
+
+    made = []
+    for batch in digits_pipeline.stream(endless(), itertools.count(7), SHORT, batch_size=2):
+        gc.collect()
+        assert sum(latents() is not None for latents in alive) <= 1
+        alive.append(weakref.ref(batch.latents))
+        made.append((batch.images.copy(), batch.requests, batch.seeds))
+        if len(made) == 3:
+            break
+    assert taken == list(range(6))
+    assert [(requests, seeds) for _, requests, seeds in made] == [
+        ((0, 1), (7, 8)),
+        ((2, 3), (9, 10)),
+        ((4, 5), (11, 12)),
+    ]
+    whole = digits_pipeline.generate(range(6), range(7, 13), SHORT, batch_size=2)
+    assert np.array_equal(np.concatenate([images for images, *_ in made]), whole.images)
+
+
+def test_the_last_batch_of_a_stream_is_smaller_and_seeds_count_up(digits_pipeline: Pipeline) -> None:
+    seen: list[int] = []
+    batches = list(digits_pipeline.stream([1, 2, 3], plan=SHORT, batch_size=2, observer=seen.append))
+    assert [batch.seeds for batch in batches] == [(0, 1), (2,)]
+    assert seen == [0, 2]
+    assert list(digits_pipeline.stream([], plan=SHORT)) == []
+
+
+def test_wrong_streams(digits_pipeline: Pipeline) -> None:
+    with pytest.raises(PlanError, match="best"):  # at once, not when the first batch is asked for
+        digits_pipeline.stream([1], plan="best")
+    with pytest.raises(UsageError, match="batch size 0"):
+        digits_pipeline.stream([1], plan=SHORT, batch_size=0)
+    for requests, seeds, words in (([1, 10], None, "class 10"), ([1, 2], [1], "1 seeds"), ([1], [-1], "seed -1")):
+        with pytest.raises(UsageError, match=words):
+            next(digits_pipeline.stream(requests, seeds, SHORT))

@@ -45,10 +45,11 @@ class TestGenerate:
         assert "4 images in" in result.stdout
         files = sorted(out.iterdir())
         assert [file.name for file in files] == [
-            "3-class3-seed5.png",
-            "3-class3-seed6.png",
-            "7-class7-seed7.png",
-            "7-class7-seed8.png",
+            "class3-gtr-fast-seed000005.png",
+            "class3-gtr-fast-seed000006.png",
+            "class7-gtr-fast-seed000007.png",
+            "class7-gtr-fast-seed000008.png",
+            "run.json",
         ]
         with np.load(latents) as saved:
             assert saved["latents"].shape == (4, 64, 16)

@@ -46,6 +46,9 @@ class NothingAsked(Conditioner, frozen=True, forbid_unknown_fields=True):
     def record(self, request: None) -> dict[str, Any]:
         return {}
 
+    def recalled(self, record: Mapping[str, Any]) -> None:
+        return None
+
     def samples(self, count: int, spread: bool = False) -> list[None]:
         return [None] * count
 
