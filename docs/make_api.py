@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def public_names() -> dict[str, Any]:
 def members(cls: type) -> Iterator[tuple[str, str]]:
     """The public members that a class defines itself, in the order of its source: their names and blocks."""
     for name, member in vars(cls).items():
-        if not name.startswith("_") and (isinstance(member, property) or inspect.isroutine(getattr(cls, name))):
-            yield name, block(name if isinstance(member, property) else called(name, getattr(cls, name)), member)
+        value = isinstance(member, property | cached_property)
+        if not name.startswith("_") and (value or inspect.isroutine(getattr(cls, name))):
+            yield name, block(name if value else called(name, getattr(cls, name)), member)
 
 
 def section(name: str, thing: Any) -> str:
