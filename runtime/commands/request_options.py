@@ -64,6 +64,7 @@ def image_settings(
         "model": bundle.architecture.name,
         "precision": bundle.precision,
         **more,
+        "weights": bundle.manifest.source.label,
         "backend": backend,
         **bundle.conditioner.record(request),
         "seed": seed,
