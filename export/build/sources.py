@@ -19,7 +19,7 @@ from ...runtime.models.architecture import Architecture
 from ..zoo import MODELS, published
 from .digests import file_sha256, known_file, weights_sha256
 from .download import find_or_download
-from .files import weights_file
+from .files import read_start, weights_file
 from .request import BuildRequest
 
 if TYPE_CHECKING:
@@ -135,6 +135,9 @@ def resolve_weights(request: BuildRequest, reporter: Reporter) -> Weights:
         if path is not None and not (path.is_file() or path.is_dir()):
             raise UsageError(f"{option} {path} is not a file")
     checkpoint, vae = (path and weights_file(path) for path in (checkpoint, vae))
+    for path in (checkpoint, vae):
+        if path is not None:
+            read_start(path)  # what is plainly no weights shows before the long part, not in the middle of it
     if request.random_weights:
         reporter.say("weights: random; the pictures will be noise")
         return Weights(entry.architecture, None, vae, RANDOM_SEED, reporter)

@@ -21,8 +21,11 @@ from torch import Tensor
 from gtr_deploy.export.build.checkpoints import expected_vae_decoder, load_mar, load_vae_decoder, random_mar
 from gtr_deploy.export.build.digests import file_sha256, known_file, weights_sha256
 from gtr_deploy.export.build.reading import read_checkpoint
+from gtr_deploy.export.build.request import BuildRequest
+from gtr_deploy.export.build.sources import resolve_weights
 from gtr_deploy.export.build.state_dicts import StateDict, find_state_dicts, movement
 from gtr_deploy.export.zoo import KL16, MAR_B_SHA256, published
+from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import GtrError
 
 Make = Callable[[Any, Any], dict[str, Any]]
@@ -313,6 +316,13 @@ def test_what_is_no_weights(start: str, tmp_path: Path) -> None:
         load_mar(tmp_path / "a.pth", TINY)
     with pytest.raises(GtrError, match=words):
         load_vae_decoder(tmp_path / "a.pth", ARCHITECTURES["mar-b"])
+
+
+def test_what_is_no_vae_shows_before_the_long_part(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_text("<html>")
+    request = BuildRequest("mar-b", tmp_path / "b", vae=tmp_path / "a.ckpt", random_weights=True)
+    with pytest.raises(GtrError, match="is a web page"):
+        resolve_weights(request, Reporter(quiet=True))
 
 
 def test_published_files_are_named_and_not_required() -> None:
