@@ -15,6 +15,7 @@ from ..runtime.errors import BundleError, GtrError
 from ..runtime.models.families import known_models
 from ..runtime.models.graphs import PRECISIONS
 from ..runtime.sampling.named import split_plans
+from .build.request import WEIGHTS
 from .calibration_commands import BUILD_OPTIONS, calibrate, calibration_options, check_calibration, sensitivity
 from .engines.options import engine_options
 
@@ -39,6 +40,13 @@ main.add_command(sensitivity)
 @click.option("--model", type=click.Choice(_MODELS), required=True)
 @_checkpoint_option
 @_vae_option
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="auto",
+    show_default=True,
+    help="Which weights of the checkpoint: averaged (EMA) or last ones; auto is EMA where the file has it.",
+)
 @click.option("--random-weights", is_flag=True, help="Untrained weights: everything but the pictures is real.")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Default: fp32, or fp16 where engines are built.")
 @click.option(
@@ -58,6 +66,7 @@ def build(
     model: str,
     checkpoint: Path | None,
     vae: Path | None,
+    weights: str,
     random_weights: bool,
     precision: str | None,
     engine: str,
@@ -87,7 +96,7 @@ def build(
         reporter.say(chosen)
     check_calibration(precision, calibration)
     out, settings = out or default_out(model, precision, random_weights), CalibrationChoices(**calibration)
-    request = BuildRequest(model, out, checkpoint, vae, random_weights, precision, max_batch, force, settings)
+    request = BuildRequest(model, out, checkpoint, vae, random_weights, precision, max_batch, force, settings, weights)
     entry, engines, later = request.entry(), None, None
     wanted = EngineRequest(request.out, flavour, force=force, **choices) if flavour in FLAVOURS else None
     if wanted is not None:  # what is wrong with the engine options shows before the long part, not after it
@@ -220,6 +229,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     from ..runtime.bundle.reader import Bundle
     from ..runtime.files import read_json
     from ..runtime.models.graphs import signature
+    from .build.sources import described
     from .engines.options import engine_rows
 
     opened = Bundle.load(bundle)
@@ -229,11 +239,12 @@ def inspect(bundle: Path, as_json: bool) -> None:
     manifest, source, architecture = opened.manifest, opened.manifest.source, opened.architecture
     weights = f"random (seed {source.random_weights})"
     if source.checkpoint is not None:
-        weights = f"{source.checkpoint.path} (sha256 {source.checkpoint.sha256[:12]}…)"
+        weights = described(architecture.name, "checkpoint", source.checkpoint)
     for label, text in (
         ("model", f"{architecture.name}, {architecture.tokens} tokens, width {architecture.width}"),
         ("precision", f"{opened.precision}; float32: {', '.join(manifest.precision.float32)}"),
         ("weights", weights),
+        *([("VAE", described(architecture.name, "vae", source.vae))] if source.vae else []),
         ("plans", ", ".join(f"{key} {value}" for key, value in opened.plan_defaults.items())),
         ("batch", f"up to {opened.max_batch}"),
         ("tools", ", ".join(f"{key} {value}" for key, value in manifest.tools.items())),

@@ -22,6 +22,8 @@ from .errors import BundleError, UsageError
 _COUNTER = itertools.count()  # several threads may write at once
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 CACHE_VARIABLE = "GTR_DEPLOY_CACHE"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text begins that Git LFS leaves in a large file's place until it is told to fetch it."""
 
 
 def cache_dir() -> Path:

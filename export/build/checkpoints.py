@@ -1,8 +1,8 @@
 """Checkpoint files in, checked state dicts out; and random stand-ins for trying the pipeline without any.
 
 What a file holds must have exactly the keys and shapes of the model that was asked for, and finite numbers. Does not
-know where files come from (download.py), how one is read without trusting it (reading.py), or what the weights are used
-for (networks.py).
+know where files come from (download.py), how one is read without trusting it (reading.py), where in it the weights are
+(state_dicts.py), or what they are used for (networks.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from ...runtime.models.families import known_models
 from ...runtime.models.mar import MarArchitecture
 from ..families import export_family
 from ..graphs.decoders import build_decoder
-from .reading import read_checkpoint, refusal
+from .files import refusal
+from .reading import read_checkpoint
+from .state_dicts import YOUNG, StateDict, choose, find_state_dicts, movement
 
 HEAD_PREFIX = "diffloss.net."
 VAE_UNUSED = ("encoder.", "quant_conv.", "loss.", "model_ema.")
@@ -33,42 +35,52 @@ _NAMED = 3  # an error names this many keys of its only kind, one of several kin
 _LONGEST_NAME = 40
 
 
-def load_mar(path: Path, architecture: Architecture) -> tuple[dict[str, Tensor], str]:
-    """MAR weights from an official .pth, a plain state dict, or a .safetensors file.
+class Taken(NamedTuple):
+    """What was taken of a file.
+
+    Attributes:
+        weights: of the expected names, exactly; in the file's dtype and still mapped to it where the format allows.
+        found: where in the file they were; None where nothing was read.
+        warning: what is wrong with them, or empty.
+    """
+
+    weights: dict[str, Tensor]
+    found: StateDict | None = None
+    warning: str = ""
+
+
+def load_mar(path: Path, architecture: Architecture, wanted: str = "auto") -> Taken:
+    """MAR weights from an official .pth, other people's wrappings of one, a plain state dict, or .safetensors.
 
     Args:
-        path: the file; its content decides how it is read, not its suffix.
+        path: the file, an index of shards or a folder; its content decides how it is read, not its suffix.
         architecture: the model that it must hold.
+        wanted: one of ``state_dicts.CHOICES``.
 
     Returns:
-        The state dict in the official layout, exactly the expected keys, in the file's dtype and still mapped to the
-        file where the format allows; and what was taken: ``model_ema``, ``model (no EMA weights in the file)``,
-        ``state dict`` or ``safetensors``.
+        The state dict in the official layout, and what was taken.
 
     Raises:
-        GtrError: no such file, not a checkpoint, one that cannot be read safely, another model's weights, or weights
-            that are not finite.
+        GtrError: no such file, not a checkpoint, one that cannot be read safely, without the weights that are wanted,
+            with another model's weights, or with weights that are not finite.
     """
-    content, kind = read_checkpoint(path)
-    state, taken = content, kind
-    if isinstance(content.get("model_ema"), Mapping):
-        state, taken = content["model_ema"], "model_ema"
-    elif isinstance(content.get("model"), Mapping):
-        state, taken = content["model"], "model (no EMA weights in the file)"
+    content, _ = read_checkpoint(path)
     expected = expected_mar(architecture)
-    problems = compare(state, expected)
+    candidates = find_state_dicts(content, expected)
+    found = choose(path, candidates, wanted, expected)
+    problems = compare(found.entries, expected)
     if problems:
-        hint = _mar_hint(state, architecture)
+        hint = _mar_hint(found.entries, architecture)
         raise refusal(path, f"does not hold the weights of {architecture.name}: {problems}; {hint}")
-    return _usable(path, state, expected), taken
+    weights = _usable(path, found.entries, expected)
+    return Taken(weights, found, _young(found, weights, candidates, expected) if found.weights == "ema" else "")
 
 
-def load_vae_decoder(path: Path, architecture: Architecture) -> dict[str, Tensor]:
+def load_vae_decoder(path: Path, architecture: Architecture) -> Taken:
     """The decoder half of a KL-16 VAE: ``decoder.*`` and ``post_quant_conv.*``.
 
     Args:
-        path: {"model": state dict}, {"state_dict": state dict}, a plain state dict, or a .safetensors file. Not read
-            where the model needs no VAE.
+        path: as for :func:`load_mar`. Not read where the model needs no VAE.
         architecture: the model whose latents it must decode.
 
     Returns:
@@ -79,18 +91,33 @@ def load_vae_decoder(path: Path, architecture: Architecture) -> dict[str, Tensor
             not finite.
     """
     if not architecture.decoder.has_weights:
-        return {}
+        return Taken({})
     content, _ = read_checkpoint(path)
-    nested = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
-    state = {key: value for key, value in nested.items() if not str(key).startswith(VAE_UNUSED)}
     expected = expected_vae_decoder(architecture)
+    found = choose(path, find_state_dicts(content, expected), "auto", expected)
+    state = {key: value for key, value in found.entries.items() if not str(key).startswith(VAE_UNUSED)}
     problems = compare(state, expected)
     if problems:
         hint = "give a KL-16 VAE with --vae"
-        if looks_like(nested) is not None:
+        if looks_like(found.entries) is not None:
             hint = "this looks like a MAR checkpoint, give it with --checkpoint"
         raise refusal(path, f"does not hold the VAE decoder of {architecture.name}: {problems}; {hint}")
-    return _usable(path, state, expected)
+    return Taken(_usable(path, state, expected), found)
+
+
+def _young(
+    found: StateDict, weights: Mapping[str, Tensor], candidates: Iterable[StateDict], expected: Mapping[str, Any]
+) -> str:
+    """A warning of EMA weights that the training has hardly reached yet."""
+    for other in candidates:
+        if other.weights == "model" and not compare(other.entries, expected):
+            moved = movement(weights, other.entries)
+            if moved is not None and moved < YOUNG:
+                return (
+                    f"warning: {found.key or found.prefix} is hardly trained: its biases and norms have moved "
+                    f"{moved:.0%} as far from where training begins as the model's; --weights model takes those"
+                )
+    return ""
 
 
 # Checking

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...runtime.errors import GtrError
 from ...runtime.files import cache_dir, write_json
+from .files import is_index, read_index
 
 
 def file_sha256(path: Path) -> str:
@@ -39,10 +40,27 @@ def file_sha256(path: Path) -> str:
     return digest
 
 
+def weights_sha256(path: Path) -> str:
+    """SHA-256 of a checkpoint: of its one file; of an index of shards that of what ``sha256sum`` prints of the index
+    and then of its shards by name, each a line of digest, two spaces and name.
+
+    Raises:
+        GtrError: a file cannot be read, or a shard is not there.
+    """
+    if not is_index(path):
+        return file_sha256(path)
+    lines = [f"{file_sha256(file)}  {file.name}\n" for file in (path, *read_index(path))]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def known_file(digest: str) -> Path | None:
-    """A file with this SHA-256 that somebody on this machine has built from, as far as the memory goes."""
+    """A checkpoint with this SHA-256 that somebody on this machine has built from, as far as the memory goes."""
     for name, known in _remembered(cache_dir() / "sha256.json").items():
         path = Path(name)
+        if is_index(path):
+            with contextlib.suppress(GtrError):
+                if weights_sha256(path) == digest:
+                    return path
         if isinstance(known, dict) and known.get("sha256") == digest and path.is_file():
             status = path.stat()
             if (status.st_size, status.st_mtime_ns) == (known.get("size"), known.get("mtime_ns")):

@@ -25,6 +25,7 @@ _ITEM_BYTES = {
     "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1,
 }  # fmt: skip
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
 _NOT_PLAIN = "more than tensors and plain containers"
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _WITH_ARGUMENT = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
@@ -56,9 +57,10 @@ class StoredValues:
 
 @dataclass(eq=False)
 class _Built:
-    """What the reader would have built: ``dict``, ``list``, ``OrderedDict``, ``Namespace``, ``tensor`` or ``other``.
+    """What the reader would have built: ``dict``, ``list``, ``OrderedDict``, ``Namespace``, ``tensor``, ``dtype``,
+    ``bytes`` or ``other``.
 
-    ``content`` holds a list's items, a dictionary's keys.
+    ``content`` holds a list's items, a dictionary's keys, the number of bytes (of one value).
     """
 
     kind: str
@@ -160,10 +162,7 @@ class _Walk:
                 stack.append(_called(stack.pop(), arguments, name))
             elif name == "BUILD":
                 state, target = stack.pop(), stack[-1]
-                _expect(_is(state, "dict") and _is(target, "OrderedDict", "Namespace") and not target.has_state)
-                # A dictionary's attribute could stand in for its methods; a module's state dict has one of them.
-                _expect(_is(target, "Namespace") or all(name == "_metadata" for name in state.content))
-                target.has_state = True
+                _check_state(target, state)
             elif name == "BINPERSID":
                 stack.append(self._storage(stack.pop()))
             elif name == "STOP":
@@ -193,6 +192,20 @@ def _fill(target: Any, items: list[Any], pairs: bool) -> None:
     else:
         _expect(_is(target, "list"))
     target.content.extend(items)
+
+
+def _check_state(target: Any, state: Any) -> None:
+    """What BUILD may add to what was just made, once."""
+    _expect(_is(target, "OrderedDict", "Namespace", "dtype") and not target.has_state)
+    if target.kind == "dtype":  # version, byte order, and nothing of what only arrays and records have
+        _expect(type(state) is tuple and len(state) == 8 and type(state[1]) is str and state[1] in ("<", "|"))
+        _expect(all(part is None or type(part) is int for part in (state[0], *state[2:])))
+        _expect((state[0], *state[2:]) == (3, None, None, None, -1, -1, 0))
+    else:
+        _expect(_is(state, "dict"))
+        # A dictionary's attribute could stand in for its methods; a module's state dict has one of them.
+        _expect(target.kind == "Namespace" or all(name == "_metadata" for name in state.content))
+    target.has_state = True
 
 
 def _allowed(name: str) -> str:
@@ -249,6 +262,40 @@ def _size_or_device(*arguments: Any) -> _Built:
     return _Built("other")
 
 
+def _number_type(*arguments: Any) -> _Built:
+    """Checks numpy.dtype of a plain number: (code, align, copy)."""
+    _expect(len(arguments) == 3 and type(arguments[0]) is str and arguments[0] in _NUMBERS)
+    _expect(all(type(flag) is bool for flag in arguments[1:]))
+    return _Built("dtype", [int(arguments[0][1])])
+
+
+def _encoded(*arguments: Any) -> _Built:
+    """Checks _codecs.encode, which is how protocol 2 writes the bytes of a number."""
+    text, codec = arguments if len(arguments) == 2 else (None, None)
+    if (
+        type(text) is not str
+        or type(codec) is not str
+        or codec != "latin1"
+        or len(text) > 8
+        or max(text, default="") > "\xff"
+    ):
+        raise CodeError("_codecs.encode")
+    return _Built("bytes", [len(text)])
+
+
+def _scalar(*arguments: Any) -> _Built:
+    """Checks numpy.core.multiarray.scalar: (type, its bytes)."""
+    _expect(len(arguments) == 2 and _is(arguments[0], "dtype") and _is(arguments[1], "bytes"))
+    _expect(arguments[0].content == arguments[1].content)
+    return _Built("other")
+
+
+def _path(*arguments: Any) -> _Built:
+    """Checks a path of its parts."""
+    _expect(all(type(part) is str for part in arguments))
+    return _Built("other")
+
+
 _CALLED: dict[str, Callable[..., _Built]] = {
     "collections OrderedDict": _empty("OrderedDict"),
     "argparse Namespace": _empty("Namespace"),
@@ -256,6 +303,11 @@ _CALLED: dict[str, Callable[..., _Built]] = {
     "torch._utils _rebuild_parameter": _parameter,
     "torch Size": _size_or_device,
     "torch device": _size_or_device,
+    "numpy dtype": _number_type,
+    "numpy.core.multiarray scalar": _scalar,
+    "numpy._core.multiarray scalar": _scalar,
+    "_codecs encode": _encoded,
+    **{f"{module} {name}": _path for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
 }
 
 

@@ -1,58 +1,47 @@
-"""One checkpoint file in, its top-level mapping out, whoever wrote the file: no code runs, and time and memory stay
-within a few seconds and what the file itself takes. Does not know what a mapping must hold (checkpoints.py)."""
+"""One checkpoint in, its top-level mapping out, whoever wrote the file: no code runs, and time and memory stay within a
+few seconds and what the file itself takes. Does not know what a mapping must hold (state_dicts.py, checkpoints.py)."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import stat
 import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ...runtime.errors import GtrError, printable
+from ...runtime.errors import printable
 from .archives import check_archive
+from .files import LONGEST_HEADER, MOST_TENSORS, is_index, read_index, read_start, refusal, unique, weights_file
 from .pickles import LONGEST_PICKLE, CodeError, RefusedError, check_legacy, check_pickle
 
-_LONGEST_HEADER, _MOST_TENSORS = 4_000_000, 20_000  # of a .safetensors file; mar-h's has 0.1 MB and 700
-_LONGEST_LINE, _LONGEST_PATH = 300, 140
 _CONVERT = "refused. Convert it to .safetensors on a machine you trust"
 
 
 def read_checkpoint(path: Path) -> tuple[Mapping[Any, Any], str]:
     """The file's top-level mapping, and ``safetensors`` or ``state dict``; its content decides, not its suffix.
 
-    Values are tensors, plain containers and ``argparse.Namespace``; keys are text, numbers or None. Tensors stay mapped
-    to the file where the format allows.
+    Values are tensors, plain containers, numbers, pure paths and ``argparse.Namespace``; keys are text, numbers or
+    None. Tensors stay mapped to the file where the format allows.
+
+    Args:
+        path: a file, an index of shards, or a folder with one of them (files.py).
 
     Raises:
         GtrError: no such file, not a checkpoint, or one that cannot be read safely.
     """
-    try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise refusal(path, "is a folder, not a checkpoint; give the file in it")
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
-            raise refusal(path, "is not a plain file; give a checkpoint file")
-        with path.open("rb") as file:
-            start = file.read(9)
-    except FileNotFoundError:
-        raise refusal(path, "does not exist; give a checkpoint file") from None
-    except OSError as error:
-        raise refusal(path, f"cannot be read ({error.strerror}); give a checkpoint file that you may read") from None
-    except ValueError:
-        raise refusal(path, "is not a path; give a checkpoint file") from None
-    size = status.st_size
-    if size == 0:
-        raise refusal(path, "is empty (0 bytes); download it again")
-    if start[8:] == b"{":
+    path = weights_file(path)
+    if is_index(path):
+        return _read_shards(path), "safetensors"
+    start, size = read_start(path), path.stat().st_size
+    if start[8:9] == b"{":
         return _read_safetensors(path, int.from_bytes(start[:8], "little"), size), "safetensors"
     is_zip = start.startswith(b"PK\x03\x04")
     if is_zip and not zipfile.is_zipfile(path):
@@ -65,42 +54,50 @@ def read_checkpoint(path: Path) -> tuple[Mapping[Any, Any], str]:
     return content, "state dict"
 
 
-def refusal(path: Path, text: str) -> GtrError:
-    """The error that says in one line what is wrong with a file; where that is too long its middle goes."""
-    shown = printable(str(path), _LONGEST_PATH)
-    return GtrError(f"{shown} {printable(text, _LONGEST_LINE - len(shown) - 1)}")
-
-
 def _read_safetensors(path: Path, header_bytes: int, size: int) -> Mapping[str, Any]:
     """The library checks types, offsets and sizes; not how long the header is, how many tensors
     it names, or that no name stands twice."""
     try:
-        if header_bytes > min(size - 8, _LONGEST_HEADER):
+        if header_bytes > min(size - 8, LONGEST_HEADER):
             raise ValueError(f"a header of {header_bytes} bytes")
         with path.open("rb") as file:
             file.seek(8)
             header = file.read(header_bytes)
-        if len(json.loads(header, object_pairs_hook=_unique)) > _MOST_TENSORS:
-            raise ValueError(f"more than {_MOST_TENSORS} tensors")
+        if len(json.loads(header, object_pairs_hook=unique)) > MOST_TENSORS:
+            raise ValueError(f"more than {MOST_TENSORS} tensors")
         return load_file(path)
     except (SafetensorError, ValueError, OSError, RecursionError, MemoryError) as error:
         raise refusal(path, f"is a damaged .safetensors file ({_line(error)}); download it again") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
-    return result
+def _read_shards(index: Path) -> Mapping[str, Any]:
+    """The tensors of all shards, each in the one shard that the index says."""
+    content: dict[str, Any] = {}
+    for shard, listed in read_index(index).items():
+        start = read_start(shard)
+        found = _read_safetensors(shard, int.from_bytes(start[:8], "little"), shard.stat().st_size)
+        if twice := sorted(found.keys() & content.keys()):
+            raise refusal(
+                shard, f"holds {printable(twice[0], 60)}, which another shard holds, too; download both again"
+            )
+        if missing := sorted(listed - found.keys()):
+            raise refusal(shard, f"lacks {_counted(missing)}, which its index lists; download it again")
+        if unlisted := sorted(found.keys() - listed):
+            raise refusal(shard, f"holds {_counted(unlisted)}, which its index does not list; download both again")
+        content |= found
+    return content
+
+
+def _counted(names: list[str]) -> str:
+    return printable(names[0], 60) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _read_pickle(path: Path, is_zip: bool, size: int) -> Any:
     """``torch.load`` without code, once the file was found to be such as ``torch.save`` writes."""
     try:
         _check_zip(path) if is_zip else _check_old(path, size)
-        # The Namespace is what the original training script stores its arguments in. The warnings would only repeat,
-        # in many lines, what the error below says in one.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        # The warnings would only repeat, in many lines, what the error below says in one.
+        with torch.serialization.safe_globals([*_STAND_INS]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except CodeError as error:
@@ -111,6 +108,31 @@ def _read_pickle(path: Path, is_zip: bool, size: int) -> Any:
         raise refusal(path, f"is not an archive as torch.save writes it ({error}); save it again so") from None
     except Exception as error:  # a damaged or hostile file can make the reader fail in any way at all
         raise refusal(path, f"is damaged or not a checkpoint ({_line(error)}); download it again") from None
+
+
+class _NumberType:
+    """What stands for numpy.dtype while a file is read; the pickle was found to say nothing else (pickles.py)."""
+
+    def __init__(self, code: str, *_: bool) -> None:
+        self.code, self.order = code, "|"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+def _number(kind: _NumberType, data: bytes) -> Any:
+    return np.frombuffer(data, kind.order + kind.code)[0].item()
+
+
+_STAND_INS: list[Any] = [
+    argparse.Namespace,  # the original training script stores its arguments in one
+    (_NumberType, "numpy.dtype"),
+    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
+]
+"""What torch's reader may call besides its own: of other libraries' names only values of our own making, which reach no
+file and run nothing of theirs."""
 
 
 def _check_zip(path: Path) -> None:

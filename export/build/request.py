@@ -9,6 +9,9 @@ from ...runtime.errors import UsageError
 from ...runtime.models.graphs import PRECISIONS
 from ..zoo import MODELS, ModelEntry
 
+WEIGHTS = ("auto", "ema", "model")
+"""Which weights of a checkpoint: EMA where the file has it, EMA, or the last ones of the training."""
+
 
 @dataclass(frozen=True)
 class CalibrationChoices:
@@ -34,6 +37,7 @@ class BuildRequest:
     max_batch: int = 8
     force: bool = False
     calibration: CalibrationChoices = CalibrationChoices()
+    weights: str = "auto"
 
     def entry(self) -> ModelEntry:
         """The zoo's entry.
@@ -47,6 +51,10 @@ class BuildRequest:
             raise UsageError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.random_weights and self.checkpoint is not None:
             raise UsageError("--random-weights and --checkpoint contradict each other; give one of them")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"--weights {self.weights!r} is not one of {', '.join(WEIGHTS)}")
+        if self.random_weights and self.weights != "auto":
+            raise UsageError(f"--random-weights and --weights {self.weights} contradict each other; give one of them")
         if not 1 <= self.max_batch <= 4096:
             raise UsageError(f"--max-batch {self.max_batch} is not in 1..4096")
         entry = MODELS[self.model]

@@ -8,21 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...runtime.bundle.manifest import Source, WeightsFile
 from ...runtime.bundle.reader import Bundle
+from ...runtime.bundle.source import Source, WeightsFile
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import GtrError, UsageError, printable
 from ...runtime.files import cache_dir
 from ...runtime.models.architecture import Architecture
-from ..zoo import MODELS
-from .digests import file_sha256, known_file
+from ..zoo import MODELS, published
+from .digests import file_sha256, known_file, weights_sha256
 from .download import find_or_download
+from .files import read_start, weights_file
 from .request import BuildRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .checkpoints import Taken
 
 RANDOM_SEED = 0
 
@@ -34,6 +37,7 @@ class Weights:
     Attributes:
         checkpoint_path, vae_path: files; None for random weights, or where the model has no VAE.
         random_seed: set where the checkpoint is random.
+        wanted: which weights of the checkpoint; ``auto`` is EMA where the file has it.
     """
 
     architecture: Architecture
@@ -41,13 +45,15 @@ class Weights:
     vae_path: Path | None
     random_seed: int | None
     reporter: Reporter
-    _loaded: dict[str, Any] = field(default_factory=dict)
+    wanted: str = "auto"
+    _loaded: dict[str, Taken] = field(default_factory=dict)
 
     def identity(self, source: str) -> str:
-        """What a stage's hash contains: a file's SHA-256, or the seed of random weights."""
+        """What a stage's hash contains: a file's SHA-256 and what is wanted of it, or the seed of random weights."""
         path = self.checkpoint_path if source == "checkpoint" else self.vae_path
         if path is not None:
-            return file_sha256(path)
+            choice = f" {self.wanted}" if source == "checkpoint" and self.wanted != "auto" else ""
+            return weights_sha256(path) + choice
         if self.random_seed is None or (source == "vae" and not self.architecture.decoder.has_weights):
             return "none"
         return f"random:{self.random_seed}"
@@ -58,37 +64,63 @@ class Weights:
         Raises:
             GtrError: the file is not this model's checkpoint.
         """
-        if "checkpoint" not in self._loaded:
-            from .checkpoints import load_mar, random_mar
-
-            if self.checkpoint_path is None:
-                self._loaded["checkpoint"] = random_mar(self.architecture, self.random_seed or 0), "random"
-            else:
-                weights, taken = load_mar(self.checkpoint_path, self.architecture)
-                self.reporter.say(f"weights: {taken} of {self.checkpoint_path}")
-                self._loaded["checkpoint"] = weights, taken
-        return self._loaded["checkpoint"][0]
+        return self._take("checkpoint").weights
 
     def vae(self) -> Mapping[str, Tensor]:
         """The VAE decoder's state dict; empty where the model has none."""
-        if not self.architecture.decoder.has_weights:
-            return {}
-        if "vae" not in self._loaded:
-            from .checkpoints import load_vae_decoder, random_vae_decoder
+        return self._take("vae").weights
 
-            if self.vae_path is None:
-                self._loaded["vae"] = random_vae_decoder(self.architecture, self.random_seed or 0)
-            else:
-                self._loaded["vae"] = load_vae_decoder(self.vae_path, self.architecture)
-        return self._loaded["vae"]
+    @property
+    def warning(self) -> str:
+        """What is wrong with the checkpoint's weights, in a line; empty for nothing, or before they were read."""
+        return self._loaded["checkpoint"].warning if "checkpoint" in self._loaded else ""
 
     def source(self, stages: Mapping[str, str]) -> Source:
-        """The manifest's ``source`` section, with the keys of these stages."""
-        return Source(_file(self.checkpoint_path), _file(self.vae_path), self.random_seed, stages, None)
+        """The manifest's ``source`` section, with the keys of these stages. Reads what was not read yet."""
+        return Source(self._file("checkpoint"), self._file("vae"), self.random_seed, stages, None)
 
+    def _take(self, name: str) -> Taken:
+        if name not in self._loaded:
+            from . import checkpoints
 
-def _file(path: Path | None) -> WeightsFile | None:
-    return None if path is None else WeightsFile(printable(str(path.resolve()), 1000), file_sha256(path))
+            if name == "vae" and not self.architecture.decoder.has_weights:
+                taken = checkpoints.Taken({})
+            elif name == "vae" and self.vae_path is not None:
+                taken = checkpoints.load_vae_decoder(self.vae_path, self.architecture)
+            elif name == "checkpoint" and self.checkpoint_path is not None:
+                taken = checkpoints.load_mar(self.checkpoint_path, self.architecture, self.wanted)
+                self._report(taken, self.checkpoint_path)
+            else:
+                make = checkpoints.random_vae_decoder if name == "vae" else checkpoints.random_mar
+                taken = checkpoints.Taken(make(self.architecture, self.random_seed or 0))
+            self._loaded[name] = taken
+        return self._loaded[name]
+
+    def _report(self, taken: Taken, path: Path) -> None:
+        if self._is_shipped(path):
+            self.reporter.say(f"weights: EMA, of {path}")
+            return
+        named = published(self.architecture.name, "checkpoint", weights_sha256(path))
+        unknown = taken.found is not None and taken.found.weights == "unknown"
+        said = "; nothing in it says whether these are EMA weights, which make better pictures" if unknown else ""
+        self.reporter.say(f"weights: {taken.found} of {path}{named and f', {named}'}{said}")
+        if taken.warning:
+            self.reporter.say(taken.warning)
+
+    def _is_shipped(self, path: Path) -> bool:
+        """The package's own file is bare; its card says that it holds EMA weights (export/data/mar_digits.md)."""
+        entry = MODELS.get(self.architecture.name)
+        return entry is not None and entry.shipped == path
+
+    def _file(self, name: str) -> WeightsFile | None:
+        path = self.checkpoint_path if name == "checkpoint" else self.vae_path
+        if path is None:
+            return None
+        found, shown = self._take(name).found, printable(str(path.resolve()), 1000)
+        if found is None:
+            raise ValueError(f"no {name} was read")  # a model without a VAE has no path of one
+        kind = "ema" if self._is_shipped(path) else found.weights
+        return WeightsFile(shown, weights_sha256(path), kind, found.key, found.prefix)
 
 
 def resolve_weights(request: BuildRequest, reporter: Reporter) -> Weights:
@@ -100,8 +132,12 @@ def resolve_weights(request: BuildRequest, reporter: Reporter) -> Weights:
     """
     entry, checkpoint, vae = request.entry(), request.checkpoint, request.vae
     for option, path in (("--checkpoint", checkpoint), ("--vae", vae)):
-        if path is not None and not path.is_file():
+        if path is not None and not (path.is_file() or path.is_dir()):
             raise UsageError(f"{option} {path} is not a file")
+    checkpoint, vae = (path and weights_file(path) for path in (checkpoint, vae))
+    for path in (checkpoint, vae):
+        if path is not None:
+            read_start(path)  # what is plainly no weights shows before the long part, not in the middle of it
     if request.random_weights:
         reporter.say("weights: random; the pictures will be noise")
         return Weights(entry.architecture, None, vae, RANDOM_SEED, reporter)
@@ -112,7 +148,7 @@ def resolve_weights(request: BuildRequest, reporter: Reporter) -> Weights:
         checkpoint = find_or_download(entry.checkpoint, cached_name(request.model, "checkpoint"), reporter)
     if vae is None and entry.vae is not None:
         vae = find_or_download(entry.vae, cached_name(request.model, "vae"), reporter)
-    return Weights(entry.architecture, checkpoint, vae, None, reporter)
+    return Weights(entry.architecture, checkpoint, vae, None, reporter, request.weights)
 
 
 def weights_of_bundle(
@@ -121,7 +157,8 @@ def weights_of_bundle(
     """The weights that a bundle was built from, if they can be found again; else None and why.
 
     Args:
-        bundle: its manifest has the SHA-256 of the files; the paths that it names are never opened.
+        bundle: its manifest has the SHA-256 of the files, and which weights of them were taken; the paths that it names
+            are never opened.
         checkpoint, vae: the files, if somebody says where they are; their SHA-256 must match.
 
     Raises:
@@ -136,13 +173,25 @@ def weights_of_bundle(
             paths[name] = find_weights(bundle.architecture.name, name, recorded.sha256)
             if paths[name] is None:
                 return None, f"the {name} it was built from ({recorded.path}) is not known here; give it with --{name}"
-        elif not given.is_file():
+        elif not (given.is_file() or given.is_dir()):
             raise UsageError(f"--{name} {given} is not a file")
-        elif (found := file_sha256(given)) != recorded.sha256:
+        elif (found := weights_sha256(weights_file(given))) != recorded.sha256:
             raise GtrError(f"{given} has sha256 {found[:12]}…, the bundle was built from {recorded.sha256[:12]}…")
         else:
-            paths[name] = given
-    return Weights(bundle.architecture, paths["checkpoint"], paths["vae"], source.random_weights, reporter), ""
+            paths[name] = weights_file(given)
+    taken, files = source.checkpoint, (paths["checkpoint"], paths["vae"])
+    # Where the file's top was taken as it was, there is nothing to choose from.
+    wanted = taken.weights if taken and taken.weights != "unknown" and (taken.key or taken.prefix) else "auto"
+    return Weights(bundle.architecture, *files, source.random_weights, reporter, wanted), ""
+
+
+def described(model: str, name: str, file: WeightsFile) -> str:
+    """A file of the manifest for people: what was taken, from where, and whether that is a published file."""
+    kind = {"ema": "EMA", "model": "the model's own, not EMA", "unknown": "EMA or not is unknown"}[file.weights]
+    places = f"{file.key or 'top of the file'}{f', without the prefix {file.prefix}' if file.prefix else ''}"
+    kind = f"{kind} ({places}); " if name == "checkpoint" else ""
+    known = published(model, name, file.sha256)
+    return f"{kind}{file.path} (sha256 {file.sha256[:12]}…{known and f', {known}'})"
 
 
 def find_weights(model: str, name: str, digest: str) -> Path | None:

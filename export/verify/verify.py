@@ -81,6 +81,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     engine: str = "onnxruntime"
     respacing: Respacing | None = None
+    weights_warning: str = ""
 
     @property
     def file(self) -> str:
@@ -114,6 +115,7 @@ class Report:
             "rung_reached": self.reached,
             "failed": self.failed,
             "checks": [asdict(check) for check in self.checks],
+            "weights_warning": self.weights_warning or None,
             "respacing": self.respacing.to_json() if self.respacing else None,
         }
 
@@ -169,15 +171,21 @@ def verify(
             if weights is not None and not report.failed:
                 climb.images(weights, plans, images)
             if isinstance(backend, OnnxRuntimeBackend) and not report.failed:
-                _respacing(backend, bundle, report, reporter)
+                _respacing(backend, bundle, report, reporter, weights)
         _skip_the_rest(report, why_not)
     bundle.write_report(report.file.removesuffix(".json"), report.to_json())
     return report
 
 
-def _respacing(backend: OnnxRuntimeBackend, bundle: Bundle, report: Report, reporter: Reporter) -> None:
-    """Warns of a checkpoint that does not bear t = 999. Random weights never do, and nobody wants their pictures."""
+def _respacing(
+    backend: OnnxRuntimeBackend, bundle: Bundle, report: Report, reporter: Reporter, weights: Weights | None
+) -> None:
+    """Warns of a checkpoint that does not bear t = 999. Random weights never do, and nobody wants their pictures; nor
+    does an EMA that the training has hardly reached, where the cap would not help."""
     if bundle.manifest.source.random_weights is not None:
+        return
+    if weights is not None and weights.warning:
+        report.weights_warning = weights.warning  # said when they were read
         return
     with reporter.stage("respacing: timesteps up to 999 and up to 950"):
         report.respacing = measure_respacing(backend, bundle.architecture, bundle.conditioner)

@@ -19,9 +19,11 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, structs
 
 from ..errors import BundleError, printable
-from ..files import atomic_path, inside, read_json_and_bytes, sha256
+from ..files import LFS_POINTER, atomic_path, inside, read_json_and_bytes, sha256
 from ..models.graphs import PRECISIONS, TensorSpec
 from ..sampling.shapes import Profile
+from .fields import Count, Name, Sha256, Text
+from .source import Source
 
 MAX_BYTES = 4_000_000
 """Of a manifest; ImageNet's has 60,000."""
@@ -34,13 +36,6 @@ FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 """Engine libraries and how people write them; in the order in which a runtime prefers them."""
 
 _MOST_KEYS_TRIED = 100
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-_NOT_PRINTED = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-Text = Annotated[str, Meta(max_length=1000, pattern=rf"^[^{_NOT_PRINTED}]*\Z")]
-"""What people read: nothing in it moves a terminal's cursor or turns its direction round."""
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]+([.+-][A-Za-z0-9_]+)*\Z", max_length=100)]
-"""What becomes part of a file's name."""
-Count = Annotated[int, Meta(ge=0, le=1 << 50)]
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 Batch = Annotated[int, Meta(ge=1, le=4096)]
 
@@ -77,6 +72,8 @@ class StoredFile(Struct, frozen=True, forbid_unknown_fields=True):
         with file:
             size = os.fstat(file.fileno()).st_size
             if size != self.bytes:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise BundleError(f"{path} is a Git LFS pointer, not the file; run git lfs pull in the bundle")
                 raise BundleError(f"{path} has {size} bytes, the manifest says {self.bytes}; copy the bundle again")
             if checksums:
                 self.compare(path, hashlib.file_digest(file, "sha256").hexdigest())
@@ -226,35 +223,6 @@ class Precision(Struct, frozen=True, forbid_unknown_fields=True):
         _one_of("precision", self.name, PRECISIONS)
 
 
-class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """A checkpoint: where it lay, and what tells it from another."""
-
-    path: Text
-    sha256: Sha256
-
-
-class Source(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a bundle was made from.
-
-    Attributes:
-        checkpoint, vae: None for random weights, or where the model has no VAE.
-        random_weights: the seed of random weights.
-        stages: graph kind to the hash of what it depends on.
-        calibration: the same of the calibration of an int8 or fp8 bundle.
-    """
-
-    checkpoint: WeightsFile | None
-    vae: WeightsFile | None
-    random_weights: Count | None
-    stages: Mapping[Name, Sha256]
-    calibration: Sha256 | None
-
-    @property
-    def weights(self) -> tuple[str | int | None, ...]:
-        """What tells one set of weights from another, wherever their files lie."""
-        return (self.random_weights, *(file and file.sha256 for file in (self.checkpoint, self.vae)))
-
-
 class PlanDefaults(Struct, frozen=True, forbid_unknown_fields=True):
     """Settings that plans on this model start from; see :class:`~..sampling.plan.PlanSettings`."""
 
@@ -387,7 +355,8 @@ def _explained(document: Any, error: msgspec.ValidationError) -> str:
                 key = int(index)
             value = value[key]
             where += f"[{key}]" if isinstance(key, int) else f"{'.' * bool(where)}{key}"
-    return printable(f"{where or 'manifest'}: {text}, found {shortened(value)}", 250)
+    found = printable(f"{where or 'manifest'}: {text}, found {shortened(value)}", 200)
+    return f"{found}; rebuild the bundle with gtr-export build"
 
 
 def _refused(document: Any, message: str) -> bool:

@@ -62,6 +62,7 @@ def image_settings(bundle: Bundle, backend: str, request: Request, seed: int, pl
         "model": bundle.architecture.name,
         "bundle": bundle.digest,
         "precision": bundle.precision,
+        "weights": bundle.manifest.source.label,
         "backend": backend,
         **bundle.conditioner.record(request),
         "seed": seed,

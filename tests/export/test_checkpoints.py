@@ -78,16 +78,17 @@ def refusal(path: Path, architecture: Architecture = TINY) -> str:
 
 class TestLoadMar:
     def test_official_file_gives_the_ema_weights(self, official: dict[str, Any]) -> None:
-        state, taken = load_mar(OFFICIAL, TINY)
-        assert taken == "model_ema"
+        state, found, _ = load_mar(OFFICIAL, TINY)
+        assert found is not None
+        assert (str(found), found.weights, found.key, found.prefix) == ("model_ema", "ema", "model_ema", "")
         assert list(state) == list(expected_mar(TINY))
         assert all(torch.equal(value, official["model_ema"][key]) for key, value in state.items())
         assert any(not torch.equal(value, official["model"][key]) for key, value in state.items())
 
     def test_without_ema_takes_the_model_and_says_so(self, official: dict[str, Any], tmp_path: Path) -> None:
         torch.save({"model": official["model"], "model_ema": None, "args": official["args"]}, tmp_path / "a.pth")
-        state, taken = load_mar(tmp_path / "a.pth", TINY)
-        assert taken == "model (no EMA weights in the file)"
+        state, found, _ = load_mar(tmp_path / "a.pth", TINY)
+        assert str(found) == "model (no EMA weights in the file)"
         assert torch.equal(state["fake_latent"], official["model"]["fake_latent"])
 
     @pytest.mark.parametrize("zipped", [True, False])
@@ -95,15 +96,17 @@ class TestLoadMar:
         self, official: dict[str, Any], tmp_path: Path, zipped: bool
     ) -> None:
         torch.save(official["model_ema"], tmp_path / "a.bin", _use_new_zipfile_serialization=zipped)
-        state, taken = load_mar(tmp_path / "a.bin", TINY)
-        assert taken == "state dict"
+        state, found, _ = load_mar(tmp_path / "a.bin", TINY)
+        assert found is not None
+        assert (found.weights, found.key, found.prefix) == ("unknown", "", "")
         assert torch.equal(state["mask_token"], official["model_ema"]["mask_token"])
 
     def test_safetensors_under_any_name_in_its_own_dtype(self, official: dict[str, Any], tmp_path: Path) -> None:
         half = {key: value.half() for key, value in official["model_ema"].items()}
         save_file(half, tmp_path / "weights.pth")
-        state, taken = load_mar(tmp_path / "weights.pth", TINY)
-        assert taken == "safetensors"
+        state, found, _ = load_mar(tmp_path / "weights.pth", TINY)
+        assert found is not None
+        assert found.weights == "unknown"
         assert {value.dtype for value in state.values()} == {torch.float16}
 
     def test_the_allowance_for_namespaces_does_not_outlive_the_call(self) -> None:
@@ -175,8 +178,8 @@ class TestFilesThatAreNoCheckpoint:
         assert "is empty (0 bytes)" in refusal(tmp_path / "a.pth")
 
     def test_web_page(self, tmp_path: Path) -> None:
-        (tmp_path / "a.pth").write_text("<!DOCTYPE html><html></html>")
-        assert "is not a checkpoint" in refusal(tmp_path / "a.pth")
+        (tmp_path / "a.pth").write_text("\n <!doctype HTML><html></html>")
+        assert "is a web page (HTML), not weights" in refusal(tmp_path / "a.pth")
 
     @pytest.mark.parametrize("kept", [10, 1000, 100_000])
     def test_truncated_archive(self, tmp_path: Path, kept: int) -> None:
@@ -209,13 +212,13 @@ class TestWrongWeights:
     def test_names_a_few_and_counts_the_rest(self, official: dict[str, Any], tmp_path: Path) -> None:
         state = dict(official["model_ema"])
         for key in list(state)[:5]:
-            state[f"module.{key}"] = state.pop(key)
+            state[f"part.{key}"] = state.pop(key)
         state["decoder_norm.weight"] = torch.zeros(65)
         torch.save(state, tmp_path / "a.pth")
         message = refusal(tmp_path / "a.pth")
         assert "does not hold the weights of mar-tiny" in message
         assert "missing " in message
-        assert "unexpected module.fake_latent and 4 more" in message
+        assert "unexpected part.fake_latent and 4 more" in message
         assert message.count("and 4 more") == 2
         assert "wrong: decoder_norm.weight is 65, not 64" in message
         assert message.endswith("check --model and --checkpoint")
@@ -289,7 +292,7 @@ class TestVae:
         }
         torch.save({"model": {**unused, **used}}, tmp_path / "kl16.ckpt")
         architecture = ARCHITECTURES["mar-b"]
-        state = load_vae_decoder(tmp_path / "kl16.ckpt", architecture)
+        state = load_vae_decoder(tmp_path / "kl16.ckpt", architecture).weights
         with torch.device("meta"):
             decoder = Kl16Decoder(architecture)
         decoder.load_state_dict(state, assign=True)
@@ -317,7 +320,7 @@ class TestVae:
             save_file({**state, **rest}, path)
         else:
             torch.save({**state, **rest} if layout == "plain" else {layout: {**state, **rest}}, path)
-        assert list(load_vae_decoder(path, architecture)) == list(expected_vae_decoder(architecture))
+        assert list(load_vae_decoder(path, architecture).weights) == list(expected_vae_decoder(architecture))
 
     def test_faults_are_named(self, tmp_path: Path) -> None:
         architecture = ARCHITECTURES["mar-b"]
@@ -332,7 +335,7 @@ class TestVae:
             load_vae_decoder(OFFICIAL, ARCHITECTURES["mar-b"])
 
     def test_a_model_without_vae_reads_nothing(self) -> None:
-        assert load_vae_decoder(Path("/nowhere"), TINY) == {}
+        assert load_vae_decoder(Path("/nowhere"), TINY).weights == {}
         assert random_vae_decoder(TINY, 0) == {}
 
 

@@ -110,7 +110,7 @@ def test_model_alone_is_enough_with_a_network(
     assert result.exit_code == 0, result.output
     bundle = Bundle.load(tmp_path / "bundles" / "mar-digits-fp32")
     assert bundle.manifest.source.checkpoint.path.endswith("mar-digits/checkpoint-last.pth")
-    assert "weights: safetensors" in result.stderr
+    assert "weights: state dict of " in result.stderr
 
 
 def test_inspect(export_cli: Cli, own_bundle: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_without_the_checkpoint_the_lower_rungs_are_climbed(
         return real(path, *rest, **named)
 
     manifest = json.loads((own_bundle / "manifest.json").read_text())
-    manifest["source"]["checkpoint"] = {"path": str(tmp_path / "gone.pth"), "sha256": "0" * 64}
+    manifest["source"]["checkpoint"] |= {"path": str(tmp_path / "gone.pth"), "sha256": "0" * 64}
     manifest["model"]["name"] = "mar-own"
     write_json(own_bundle / "manifest.json", manifest)
     report = verify(own_bundle, QUIET)

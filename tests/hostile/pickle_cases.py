@@ -60,7 +60,7 @@ def _pickle(name: str, words: str, content: bytes, *, bare: bool = False) -> Non
 for function, refused in {
     "posix system": "os.system", "__builtin__ eval": "builtins.eval", "builtins exec": "builtins.exec",
     "subprocess Popen": "subprocess.Popen", "torch load": "torch.load", "torch.hub load": "torch.hub.load",
-    "torch.serialization load": "torch.serialization.load", "pathlib PosixPath": "pathlib.PosixPath",
+    "torch.serialization load": "torch.serialization.load", "pathlib Path": "pathlib.Path",
     "torch.storage UntypedStorage": "torch.storage.UntypedStorage", "torch Tensor": "torch.Tensor",
     "__builtin__ bytearray": "builtins.bytearray", "__builtin__ set": "builtins.set",
     "collections Counter": "collections.Counter", "_codecs encode": "_codecs.encode",
@@ -152,6 +152,50 @@ for name, content in {
 _pickle("pickle-odd-pairs", _PLAIN, whole_pickle(b"}(K\x01u"))
 _pickle("pickle-appends-to-a-dict", _PLAIN, whole_pickle(b"}K\x01a"))
 _pickle("pickle-item-of-a-tuple", _PLAIN, whole_pickle(b")K\x01K\x02s"))
+
+# What may stand beside weights, numbers of NumPy and paths, and what looks like them
+
+_NATIVE = several(whole(3), text("<"), b"N", b"N", b"N", whole(-1), whole(-1), whole(0))
+_LATIN = text("latin1")
+_EIGHT = called("_codecs encode", text("x" * 8), _LATIN)
+
+
+def _dtype(code: bytes, state: bytes = _NATIVE) -> bytes:
+    return called("numpy dtype", code, b"\x89", b"\x88") + state + b"b"
+
+
+def _number(kind: bytes, data: bytes = _EIGHT, core: str = "_core") -> bytes:
+    return called(f"numpy.{core}.multiarray scalar", kind, data)
+
+
+_DOUBLE = _dtype(text("f8"))
+for core in ("core", "_core"):
+    _entry(f"number-of-numpy-{core}", "is a float, not a tensor", _number(_DOUBLE, core=core), False)
+_entry("number-without-an-order", "is a float, not a tensor", _number(_dtype(text("f8"), b"")[:-1]), False)
+_entry("path", "is a PurePosixPath, not a tensor", called("pathlib PosixPath", text("/etc"), text("passwd")), False)
+_entry("path-of-windows", "is a PureWindowsPath", called("pathlib._local WindowsPath", text("C:\\")), False)
+_entry("path-of-a-list", _PLAIN, called("pathlib PosixPath", b"]"))
+_entry("path-of-2-to-the-100-parts", _PLAIN, called("pathlib PosixPath", b"K\x01" + _doubling))
+_entry("path-with-state", _PLAIN, called("pathlib PosixPath", text("a")) + pairs({"_str": text("b")}) + b"b")
+_entry("path-made-anew", _PLAIN, named("pathlib PosixPath") + several(text("a")) + b"\x81")
+for code in ("O", "O8", "V8", "M8", "U2", "f16", "c8", "f8,O", "(1000000000000,)f8"):
+    _entry(f"number-of-type-{code}", _PLAIN, _number(_dtype(text(code))))
+_entry("number-of-a-pickled-object", "_codecs.encode", _number(
+    _dtype(text("f8")), called("_codecs encode", text("cposix\nsystem\n(S'touch MARKER'\ntR."), _LATIN)))  # fmt: skip
+_entry("number-of-a-listed-type", _PLAIN, _number(called("numpy dtype", b"](" + text("f8") + b"e", b"\x89", b"\x88")))
+_entry("number-of-no-type", _PLAIN, _number(text("f8")))
+_entry("number-of-text", _PLAIN, _number(_DOUBLE, text("x" * 8)))
+_entry("number-of-too-few-bytes", _PLAIN, _number(_DOUBLE, called("_codecs encode", text("x"), _LATIN)))
+_entry("number-of-many-bytes", "_codecs.encode", _number(_DOUBLE, called("_codecs encode", text("x" * 10**6), _LATIN)))
+_entry("number-in-another-script", "_codecs.encode", _number(
+    _DOUBLE, called("_codecs encode", text("\u0660" * 8), _LATIN)))  # fmt: skip
+_entry("number-by-another-codec", "_codecs.encode", called("_codecs encode", text("x" * 8), text("unicode_escape")))
+_entry("number-by-a-codec-of-2-to-the-100", "_codecs.encode", called(
+    "_codecs encode", text("x" * 8), b"K\x01" + _doubling))  # fmt: skip
+_entry("type-with-fields", _PLAIN, _number(_dtype(text("f8"), _NATIVE.replace(b"NNN", b"NN}"))))
+_entry("type-of-another-order", _PLAIN, _number(_dtype(text("f8"), _NATIVE.replace(text("<"), text("=O")))))
+_entry("type-with-state-twice", _PLAIN, _number(_DOUBLE + _NATIVE + b"b"))
+_entry("type-with-attributes", _PLAIN, _number(_dtype(text("f8"), pairs({"code": text("O")}))))
 
 # Tensors that cannot be
 

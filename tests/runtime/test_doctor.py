@@ -17,8 +17,9 @@ from fakes.bundles import changed
 from msgspec import structs
 
 from gtr_deploy.runtime.backends import registry
-from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet, StoredFile, WeightsFile
+from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet, StoredFile
 from gtr_deploy.runtime.bundle.reader import Bundle
+from gtr_deploy.runtime.bundle.source import WeightsFile
 from gtr_deploy.runtime.commands import doctor as doctor_module
 from gtr_deploy.runtime.commands.console import CommandGroup
 from gtr_deploy.runtime.commands.doctor import can_run, diagnose, doctor
@@ -299,7 +300,9 @@ class TestDiagnosis:
 
     def test_torch_needs_the_checkpoint(self, bundle: Bundle) -> None:
         other = replace(bundle, architecture=structs.replace(bundle.architecture, name="mar-b"))
-        lost = structs.replace(bundle.manifest.source, checkpoint=WeightsFile("/no/such.pth", "0" * 64))
+        lost = structs.replace(
+            bundle.manifest.source, checkpoint=WeightsFile("/no/such.pth", "0" * 64, "ema", "model_ema", "")
+        )
         random = structs.replace(lost, checkpoint=None)
         assert _statuses(EVERYTHING, bundle)["backend torch"][0] == "ok"
         assert "is not known on this machine" in _statuses(EVERYTHING, changed(other, source=lost))["backend torch"][1]
