@@ -11,18 +11,20 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...runtime.errors import printable
+from ...runtime.errors import GtrError, printable
 from ...runtime.models.architecture import Architecture
 from ...runtime.models.families import known_models
 from ...runtime.models.mar import MarArchitecture
 from ..families import export_family
 from ..graphs.decoders import build_decoder
+from .inference import Told, find
 from .reading import read_checkpoint, refusal
 
 HEAD_PREFIX = "diffloss.net."
@@ -49,18 +51,22 @@ def load_mar(path: Path, architecture: Architecture) -> tuple[dict[str, Tensor],
         GtrError: no such file, not a checkpoint, one that cannot be read safely, another model's weights, or weights
             that are not finite.
     """
-    content, kind = read_checkpoint(path)
-    state, taken = content, kind
-    if isinstance(content.get("model_ema"), Mapping):
-        state, taken = content["model_ema"], "model_ema"
-    elif isinstance(content.get("model"), Mapping):
-        state, taken = content["model"], "model (no EMA weights in the file)"
+    state, taken = state_of(*read_checkpoint(path))
     expected = expected_mar(architecture)
     problems = compare(state, expected)
     if problems:
         hint = _mar_hint(state, architecture)
         raise refusal(path, f"does not hold the weights of {architecture.name}: {problems}; {hint}")
     return _usable(path, state, expected), taken
+
+
+def state_of(content: Mapping[Any, Any], kind: str) -> tuple[Mapping[Any, Any], str]:
+    """The state dict in what :func:`~.reading.read_checkpoint` found, and what was taken; see :func:`load_mar`."""
+    if isinstance(content.get("model_ema"), Mapping):
+        return content["model_ema"], "model_ema"
+    if isinstance(content.get("model"), Mapping):
+        return content["model"], "model (no EMA weights in the file)"
+    return content, kind
 
 
 def load_vae_decoder(path: Path, architecture: Architecture) -> dict[str, Tensor]:
@@ -181,6 +187,9 @@ def _mar_hint(state: Mapping[Any, Any], architecture: Architecture) -> str:
         return f"this looks like {found}, try --model {found}"
     if "decoder.conv_in.weight" in state:
         return "this looks like the VAE, give it with --vae"
+    with suppress(GtrError):
+        if not compare(state, expected_mar(find(state, None, Told()).shapes())):
+            return "its sizes are its own, build it without --model: gtr-export build --checkpoint FILE"
     return "check --model and --checkpoint"
 
 
