@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...runtime.commands.console import Reporter
-from ...runtime.errors import GtrError, UsageError
+from ...runtime.errors import GtrError, UsageError, printable
 from ...runtime.models.class_conditioner import ClassConditioner
 from ...runtime.models.families import known_models
 from ...runtime.models.family import KnownModel
@@ -44,6 +44,8 @@ def resolved(request: BuildRequest, reporter: Reporter) -> BuildRequest:
     else:
         path = request.checkpoint
         assert path is not None  # checked
+        if not path.exists():
+            raise UsageError(f"--checkpoint {printable(str(path))} does not exist")
         own = request.own
         told = Told(own.heads, own.patch_size, own.grid, request.vae is not None)
         found, _, known = findings(path, told)
