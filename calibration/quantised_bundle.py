@@ -21,6 +21,7 @@ from ..runtime.bundle.staged import StagedFolder, destination, lock, replaceable
 from ..runtime.commands.console import Reporter
 from ..runtime.errors import BundleError, UsageError
 from ..runtime.files import link_or_copy, write_json
+from ..runtime.models.conditioning import Conditioner
 from .collect import STAGE_VERSIONS, Collected, collect
 from .data import CalibrationImages, calibration_images
 from .layers import QUANTISED_KINDS
@@ -62,7 +63,8 @@ def quantise_bundle(request: CalibrationRequest, reporter: Reporter) -> Calibrat
     key = calibration_key(request, stages, prepared.images, prepared.bundle.max_batch)
     out = destination(request.out)
     with lock(out):
-        if (report := finished(request, prepared.bundle.architecture.name, key)) is not None:
+        model, asked = prepared.bundle.architecture.name, prepared.bundle.conditioner
+        if (report := finished(request, model, asked, key)) is not None:
             return CalibrationResult(request.out, "cached", report)
         folder = StagedFolder(out, request.force)
         (folder.partial / "graphs").mkdir(parents=True, exist_ok=True)
@@ -101,9 +103,9 @@ def _runtime_version() -> str:
     return onnxruntime.__version__
 
 
-def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, Any] | None:
+def finished(request: CalibrationRequest, model: str, conditioner: Conditioner, key: str) -> Mapping[str, Any] | None:
     """The report of a finished bundle of this very key, once what a killed run has left beside it is gone; None if
-    there is nothing.
+    there is nothing. No number depends on class names: others are written into its manifest.
 
     Raises:
         UsageError, GtrError: something else is in the way.
@@ -118,6 +120,8 @@ def finished(request: CalibrationRequest, model: str, key: str) -> Mapping[str, 
     except BundleError:
         return None
     StagedFolder(old.folder).discard()
+    if old.conditioner != conditioner:
+        old.with_conditioner(conditioner)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..runtime.sampling.named import split_plans
 from .build.request import WEIGHTS
 from .calibration_commands import BUILD_OPTIONS, calibrate, calibration_options, check_calibration, sensitivity
 from .engines.options import engine_options
+from .own_model_options import inspect_checkpoint, own_model_options
 
 _PATH = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
@@ -37,7 +39,13 @@ main.add_command(sensitivity)
 
 
 @main.command()
-@click.option("--model", type=click.Choice(_MODELS), required=True)
+@click.option(
+    "--model",
+    type=click.Choice(("auto", *_MODELS)),
+    default="auto",
+    show_default=True,
+    help="auto is a model of your own, whose sizes are found in --checkpoint.",
+)
 @_checkpoint_option
 @_vae_option
 @click.option(
@@ -47,6 +55,7 @@ main.add_command(sensitivity)
     show_default=True,
     help="Which weights of the checkpoint: averaged (EMA) or last ones; auto is EMA where the file has it.",
 )
+@own_model_options
 @click.option("--random-weights", is_flag=True, help="Untrained weights: everything but the pictures is real.")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Default: fp32, or fp16 where engines are built.")
 @click.option(
@@ -59,7 +68,7 @@ main.add_command(sensitivity)
 @engine_options
 @calibration_options(BUILD_OPTIONS)
 @click.option("--max-batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Largest batch promised.")
-@click.option("--out", type=_PATH, help="Bundle folder (default: bundles/MODEL-PRECISION).")
+@click.option("--out", type=_PATH, help="Bundle folder (default: bundles/NAME-PRECISION).")
 @click.option("--force", is_flag=True, help="Rebuild everything, and replace a bundle of another model or precision.")
 @_json_option
 def build(
@@ -74,18 +83,21 @@ def build(
     out: Path | None,
     force: bool,
     as_json: bool,
+    own: dict[str, Any],
+    class_names: Path | None,
     choices: dict[str, Any],
     calibration: dict[str, Any],
 ) -> None:
     """Build a bundle of ONNX graphs, and engines where there is a GPU for them, from a checkpoint.
 
-    Without --checkpoint the weights are looked for in the cache folder and in the original project's folders, then
-    downloaded.
+    With --model but without --checkpoint the weights are looked for in the cache folder and in the original project's
+    folders, then downloaded. With --checkpoint but without --model the model's sizes are those of the file.
     """
     from ..runtime.commands.timing import peak_memory
     from ..runtime.machine.examine import examine_machine
     from .build.build import build as run_build
-    from .build.request import BuildRequest, CalibrationChoices, default_out
+    from .build.own_model import resolved
+    from .build.request import BuildRequest, CalibrationChoices, OwnModel, default_out
     from .engines.builder import EngineRequest, build_engines, check_request
     from .engines.options import after_engines, choose_for_build, engines_json
     from .engines.target import NeedsGpuError
@@ -95,8 +107,14 @@ def build(
     if chosen:
         reporter.say(chosen)
     check_calibration(precision, calibration)
-    out, settings = out or default_out(model, precision, random_weights), CalibrationChoices(**calibration)
-    request = BuildRequest(model, out, checkpoint, vae, random_weights, precision, max_batch, force, settings, weights)
+    settings, out = CalibrationChoices(**calibration), out or Path()
+    request = BuildRequest(
+        model, out, checkpoint, vae, random_weights, precision, max_batch, force, settings, weights,
+        OwnModel(**own), class_names,
+    )  # fmt: skip
+    if out == Path():
+        request = replace(request, out=default_out(request.name, precision, random_weights))
+    request = resolved(request, reporter)
     entry, engines, later = request.entry(), None, None
     wanted = EngineRequest(request.out, flavour, force=force, **choices) if flavour in FLAVOURS else None
     if wanted is not None:  # what is wrong with the engine options shows before the long part, not after it
@@ -116,7 +134,7 @@ def build(
         print_json(
             {
                 "bundle": str(result.bundle),
-                "model": model,
+                "model": request.name,
                 "precision": precision,
                 "engine": flavour,
                 "stages": result.stages,
@@ -221,10 +239,13 @@ def _numbers(error: float | None, limit: float | None) -> tuple[str, str]:
 
 
 @main.command()
-@click.argument("bundle", type=_PATH)
+@click.argument("bundle", metavar="BUNDLE|CHECKPOINT", type=_PATH)
 @_json_option
 def inspect(bundle: Path, as_json: bool) -> None:
-    """Show what a bundle holds, from its manifest alone."""
+    """Show what a bundle holds, from its manifest alone; or which model a checkpoint is of."""
+    if bundle.is_file():
+        inspect_checkpoint(bundle, as_json)
+        return
     from ..runtime.bundle.manifest import MANIFEST
     from ..runtime.bundle.reader import Bundle
     from ..runtime.files import read_json
@@ -242,6 +263,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
         weights = described(architecture.name, "checkpoint", source.checkpoint)
     for label, text in (
         ("model", f"{architecture.name}, {architecture.tokens} tokens, width {architecture.width}"),
+        ("asked for", opened.conditioner.summary),
         ("precision", f"{opened.precision}; float32: {', '.join(manifest.precision.float32)}"),
         ("weights", weights),
         *([("VAE", described(architecture.name, "vae", source.vae))] if source.vae else []),

@@ -11,19 +11,21 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...runtime.errors import printable
+from ...runtime.errors import GtrError, printable
 from ...runtime.models.architecture import Architecture
 from ...runtime.models.families import known_models
 from ...runtime.models.mar import MarArchitecture
 from ..families import export_family
 from ..graphs.decoders import build_decoder
 from .files import refusal
+from .inference import Told, find
 from .reading import read_checkpoint
 from .state_dicts import YOUNG, StateDict, choose, find_state_dicts, movement
 
@@ -208,6 +210,9 @@ def _mar_hint(state: Mapping[Any, Any], architecture: Architecture) -> str:
         return f"this looks like {found}, try --model {found}"
     if "decoder.conv_in.weight" in state:
         return "this looks like the VAE, give it with --vae"
+    with suppress(GtrError):
+        if not compare(state, expected_mar(find(state, None, Told()).shapes())):
+            return "its sizes are its own, build it without --model: gtr-export build --checkpoint FILE"
     return "check --model and --checkpoint"
 
 

@@ -54,7 +54,7 @@ def build_float(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """See :func:`~.build.build`."""
     entry, out = request.entry(), destination(request.out)
     with lock(out):
-        old = replaceable(out, request.model, request.precision, request.force)
+        old = replaceable(out, entry.architecture.name, request.precision, request.force)
         weights = resolve_weights(request, reporter)
         specs = graph_specs(entry.architecture, request.max_batch)
         keys = stage_keys(request, weights)
@@ -157,7 +157,10 @@ def _is_current(old: Bundle, request: BuildRequest, keys: Mapping[str, str], wei
     manifest = old.manifest
     if manifest.source.stages != keys or manifest.max_batch != request.max_batch:
         return False
-    if old.plan_defaults != _plan_defaults(request.entry(), weights) or manifest.tools != tool_versions():
+    entry = request.entry()
+    if old.conditioner != entry.model.conditioner:
+        return False
+    if old.plan_defaults != _plan_defaults(entry, weights) or manifest.tools != tool_versions():
         return False
     try:
         old.graph_paths(checksums=False)

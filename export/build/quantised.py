@@ -32,7 +32,8 @@ def build_quantised(request: BuildRequest, reporter: Reporter) -> BuildResult:
     requests = [replace(request, precision=p, out=out, force=False) for p, out in (("fp32", fp32), ("fp16", fp16))]
     keys = [stage_keys(part, weights) for part in requests]
     with lock(out):
-        report = finished(wanted, entry.architecture.name, calibration_key(wanted, keys, images, request.max_batch))
+        key = calibration_key(wanted, keys, images, request.max_batch)
+        report = finished(wanted, entry.architecture.name, entry.model.conditioner, key)
     stages = dict.fromkeys([*keys[0], "calibration", "manifest"], "cached")
     if report is None:
         built, _ = (build_float(part, reporter).stages for part in requests)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...runtime.errors import UsageError
+from ...runtime.errors import UsageError, printable
 from ...runtime.models.graphs import PRECISIONS
 from ..zoo import MODELS, ModelEntry
 
@@ -24,9 +25,31 @@ class CalibrationChoices:
     threads: int | None = None
 
 
+AUTO = "auto"
+"""In place of a model's name: the sizes are found in the checkpoint (own_model.py)."""
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """What a person says of a model that has no name here, each only where the file does not: a name for it, attention
+    heads, latent cells along a token's side, (rows, columns) of tokens."""
+
+    name: str | None = None
+    heads: int | None = None
+    patch_size: int | None = None
+    grid: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build; the defaults are the command's."""
+    """What to build; the defaults are the command's.
+
+    Attributes:
+        model: a name of the zoo, or :data:`AUTO`.
+        own: only with :data:`AUTO`.
+        class_names: file of the classes' names, instead of the model's.
+        found: sizes, conditioner and defaults, once they are known (``own_model.resolved``); None for the zoo's.
+    """
 
     model: str
     out: Path
@@ -38,14 +61,26 @@ class BuildRequest:
     force: bool = False
     calibration: CalibrationChoices = CalibrationChoices()
     weights: str = "auto"
+    own: OwnModel = OwnModel()
+    class_names: Path | None = None
+    found: ModelEntry | None = None
 
-    def entry(self) -> ModelEntry:
-        """The zoo's entry.
+    @property
+    def name(self) -> str:
+        """What the bundle calls the model: the zoo's name, the one given, or the checkpoint's without suffix."""
+        if self.model != AUTO:
+            return self.model
+        return self.own.name or (self.checkpoint.stem if self.checkpoint else AUTO)
 
-        Raises:
-            UsageError: unknown model or precision, contradicting or senseless options.
-        """
-        if self.model not in MODELS:
+    def check(self) -> None:
+        """Raises a UsageError for an unknown model or precision, contradicting or senseless options."""
+        if self.model == AUTO:
+            if self.checkpoint is None:
+                raise UsageError("give --model NAME, or --checkpoint FILE of a model of your own")
+            if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", self.name):
+                shown = printable(self.name, 60)
+                raise UsageError(f"{shown!r} is no name for a model (letters, digits, . _ -); give one with --name")
+        elif self.model not in MODELS:
             raise UsageError(f"model {self.model!r} is not one of {', '.join(MODELS)}")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -57,10 +92,23 @@ class BuildRequest:
             raise UsageError(f"--random-weights and --weights {self.weights} contradict each other; give one of them")
         if not 1 <= self.max_batch <= 4096:
             raise UsageError(f"--max-batch {self.max_batch} is not in 1..4096")
-        entry = MODELS[self.model]
-        if self.vae is not None and entry.vae is None:
-            raise UsageError(f"{self.model} has no VAE; leave --vae out")
-        return entry
+        if self.model != AUTO and self.own != OwnModel():
+            raise UsageError(
+                f"--name, --heads, --patch-size and --grid are for models without a name here, not for {self.model}"
+            )
+        entry = self.found or MODELS.get(self.model)
+        if self.vae is not None and entry is not None and entry.vae is None:
+            raise UsageError(f"{self.name} has no VAE; leave --vae out")
+
+    def entry(self) -> ModelEntry:
+        """The model: what was found, or the zoo's entry.
+
+        Raises:
+            UsageError: see :meth:`check`.
+        """
+        self.check()
+        assert self.found is not None or self.model in MODELS, "own_model.resolved comes first"
+        return self.found or MODELS[self.model]
 
 
 @dataclass

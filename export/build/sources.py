@@ -130,7 +130,7 @@ def resolve_weights(request: BuildRequest, reporter: Reporter) -> Weights:
         UsageError: a named file does not exist.
         GtrError: nothing was found and nothing can be downloaded.
     """
-    entry, checkpoint, vae = request.entry(), request.checkpoint, request.vae
+    entry, name, checkpoint, vae = request.entry(), request.name, request.checkpoint, request.vae
     for option, path in (("--checkpoint", checkpoint), ("--vae", vae)):
         if path is not None and not (path.is_file() or path.is_dir()):
             raise UsageError(f"{option} {path} is not a file")
@@ -144,10 +144,10 @@ def resolve_weights(request: BuildRequest, reporter: Reporter) -> Weights:
     checkpoint = checkpoint or entry.shipped
     if checkpoint is None:
         if entry.checkpoint is None:
-            raise GtrError(f"{request.model} has no published weights; give a file with --checkpoint")
-        checkpoint = find_or_download(entry.checkpoint, cached_name(request.model, "checkpoint"), reporter)
+            raise GtrError(f"{name} has no published weights; give a file with --checkpoint")
+        checkpoint = find_or_download(entry.checkpoint, cached_name(name, "checkpoint"), reporter)
     if vae is None and entry.vae is not None:
-        vae = find_or_download(entry.vae, cached_name(request.model, "vae"), reporter)
+        vae = find_or_download(entry.vae, cached_name(name, "vae"), reporter)
     return Weights(entry.architecture, checkpoint, vae, None, reporter, request.weights)
 
 

@@ -120,18 +120,22 @@ class _Kl16Convolutions(nn.Module):
 
 
 class Kl16Decoder(nn.Module):
-    """Latents [B, L, C] -> RGB uint8 [B, 16h, 16w, 3]. Attribute names are the VAE checkpoint's keys."""
+    """Latents [B, L, C] -> RGB uint8 [B, 16hp, 16wp, 3]: a token is p x p latent cells, of each channel row by row
+    (``unpatchify`` of models/mar.py). Attribute names are the VAE checkpoint's keys."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.grid, self.channels = architecture.grid, architecture.token_channels
+        self.grid, self.patch = architecture.grid, architecture.decoder.patch
+        self.channels = architecture.token_channels // self.patch**2
         self.scale, self.shift = architecture.decoder.scale, architecture.decoder.shift
         self.post_quant_conv = Conv2d(self.channels, self.channels, 1)
         self.decoder = _Kl16Convolutions(self.channels)
 
     def image(self, latents: Tensor) -> Tensor:
         """The decoded image [B, 3, H, W], about -1..1, before clipping."""
-        grid = latents.reshape(-1, *self.grid, self.channels).permute(0, 3, 1, 2) / self.scale
+        (rows, columns), patch, channels = self.grid, self.patch, self.channels
+        cells = latents.reshape(-1, rows, columns, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        grid = cells.reshape(-1, channels, rows * patch, columns * patch) / self.scale
         if self.shift:
             grid = grid + self.shift
         return self.decoder(self.post_quant_conv(grid).float())

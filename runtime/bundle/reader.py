@@ -170,6 +170,10 @@ class Bundle:
         """Writes the manifest with the engines of this key no longer listed."""
         return self._written(engines=self._engines_but(key))
 
+    def with_conditioner(self, conditioner: Conditioner) -> None:
+        """Writes the manifest with another conditioner of the same arrays: other class names."""
+        self._written(conditioning=msgspec.Raw(msgspec.json.encode(conditioner)))
+
     def write_report(self, name: str, value: Mapping[str, Any]) -> Path:
         """Writes ``reports/<name>.json`` and lists it in the manifest, both atomically."""
         relative = f"reports/{name}.json"

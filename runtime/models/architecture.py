@@ -25,7 +25,7 @@ class Decoder(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         kind: a key of :data:`DECODERS`.
         stride: pixels along one side of a latent cell.
-        patch: latent cells along one side of a token.
+        patch: latent cells along one side of a token; its channels are theirs, one channel's cells after the other's.
         scale: tokens are the decoder's latents times this.
         shift: what is added after dividing.
     """
@@ -70,6 +70,9 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     decoder: Decoder
 
     def __post_init__(self) -> None:
+        if self.token_channels % self.decoder.patch**2:
+            patch = self.decoder.patch
+            raise ValueError(f"{self.token_channels} channels of a token are not those of {patch}x{patch} patches")
         if self.tokens * self.token_channels > 1 << 24 or max(self.image_size) > 1 << 14:
             raise ValueError(
                 f"{self.tokens} tokens of {self.token_channels} channels, {self.image_size[0]}x{self.image_size[1]} "

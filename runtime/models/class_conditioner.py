@@ -28,6 +28,9 @@ DIGITS = tuple(f"{digit}, {name}" for digit, name in enumerate(_NUMERALS))
 _SEPARATORS = re.compile(r"[,;]")
 _INDEX = re.compile(r"[+-]?[0-9]+")
 _RANGE = re.compile(r"([0-9]+) ?- ?([0-9]+)")
+_BLANKS = re.compile(r"[0-9]+(-[0-9]+)?( [0-9]+(-[0-9]+)?)+")
+_WNID = re.compile(r"n[0-9]{8}")
+_ALL = "all"
 #: No class name is longer than this; what is longer is cut before it is compared or printed.
 _LONGEST_NAME = 80
 _SUGGESTIONS = 3
@@ -36,8 +39,17 @@ _SUGGESTIONS = 3
 @cache
 def imagenet() -> tuple[str, ...]:
     """The 1,000 classes of ImageNet-1k in their standard order, "tench, Tinca tinca" first."""
-    path = Path(__file__).parent / "data" / "imagenet_classes.txt"
-    return tuple(path.read_text(encoding="utf-8").splitlines())
+    return _lines("imagenet_classes.txt")
+
+
+@cache
+def imagenet_wnids() -> tuple[str, ...]:
+    """Their WordNet ids, which folders of ImageNet are called by: "n01440764" first; ascending."""
+    return _lines("imagenet_wnids.txt")
+
+
+def _lines(name: str) -> tuple[str, ...]:
+    return tuple((Path(__file__).parent / "data" / name).read_text(encoding="utf-8").splitlines())
 
 
 class ClassConditioner(Conditioner, frozen=True, forbid_unknown_fields=True):
@@ -48,7 +60,9 @@ class ClassConditioner(Conditioner, frozen=True, forbid_unknown_fields=True):
     ]
 
     inputs: ClassVar = (TensorSpec("labels", "int64", ("G", "B")),)
-    option: ClassVar = RequestOption("--classes", 'Class indices, ranges or names: "3,7", "0-9", "golden retriever".')
+    option: ClassVar = RequestOption(
+        "--classes", 'Class indices, ranges, names, or all: "3,7", "0-9", "golden retriever".'
+    )
 
     @property
     def classes(self) -> int:
@@ -124,8 +138,9 @@ def class_name(label: int, names: tuple[str, ...]) -> str:
 def parse_classes(text: str, names: tuple[str, ...]) -> list[int]:
     """Class indices, at least one, from what a person typed: ``"207, goldfish; 0-9"``.
 
-    Items are separated by commas or semicolons. An item is an index, a range with both ends included, or any one name
-    of a class, in any case. Order and repeats stay as they are.
+    Items are separated by commas or semicolons. An item is an index, a range with both ends included, several of these
+    with blanks between them, ``all``, or any one name of a class, in any case and with blanks or underscores; with
+    ImageNet's names also a WordNet id (``n02099601``). Order and repeats stay as they are.
 
     Raises:
         UsageError: an item is empty, out of range, unknown, or the name of several classes.
@@ -150,8 +165,15 @@ def _labels_of(item: str, names: tuple[str, ...]) -> list[int]:
         if last < first:
             raise UsageError(f"class range {first}-{last} runs backwards; write {last}-{first}")
         return list(range(first, last + 1))
-    found = _index_of_names(names).get(item.casefold())
+    known, wanted = _index_of_names(names), item.casefold()
+    found = known.get(wanted) or known.get(" ".join(wanted.replace("_", " ").split()))
     if found is None:
+        if _BLANKS.fullmatch(item):
+            return [label for part in item.split() for label in _labels_of(part, names)]
+        if wanted == _ALL:
+            return list(range(classes))
+        if _WNID.fullmatch(wanted) and names == imagenet() and wanted in imagenet_wnids():
+            return [imagenet_wnids().index(wanted)]
         raise UsageError(_unknown(item, names))
     first, *others = found
     if others:

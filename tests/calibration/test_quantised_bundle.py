@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,11 @@ def test_build_from_weights(digits_bundle: Path, build_digits, tmp_path: Path) -
     assert report["rest"] == "fp16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits"]
     assert build(request, QUIET).unchanged
+    names = tmp_path / "names"
+    names.write_text("\n".join(f"figure {index}" for index in range(10)))
+    assert build(replace(request, class_names=names), QUIET).unchanged  # no graph, and no calibration again
+    assert Bundle.load(out).conditioner.summary == "10 classes, figure 0 to figure 9"
+    assert Bundle.load(out).read_report("calibration") == report
 
 
 def test_damaged_cpu_graphs_are_found(int8: Path, tmp_path: Path) -> None:

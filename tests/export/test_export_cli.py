@@ -57,7 +57,9 @@ def test_bad_arguments(
 def test_wrong_model_for_the_file(export_cli: Cli, tmp_path: Path) -> None:
     options = ["--checkpoint", DATA / "mar_tiny_checkpoint-last.pth", "--out", tmp_path / "b"]
     result = export_cli("build", "--model", "mar-digits", *options)
-    one_line_error(result, 1, "wrong: fake_latent is 1x64, not 1x128 and ", "; check --model and --checkpoint")
+    one_line_error(
+        result, 1, "wrong: fake_latent is 1x64, not 1x128 and ", "without --model: gtr-export build --checkpoint"
+    )
     assert not (tmp_path / "b").exists()
     options[1] = MODELS["mar-digits"].shipped
     one_line_error(

@@ -166,3 +166,12 @@ def test_an_unknown_family() -> None:
 def test_class_names_are_those_of_the_classes(conditioning: object) -> None:
     with pytest.raises(ValueError, match=r"class.names"):
         decoded(valid(), conditioning)
+
+
+def test_tokens_are_whole_patches() -> None:
+    model = valid()
+    model["decoder"]["patch"] = 4
+    assert decoded(model)[0].image_size == (384, 640)
+    model["decoder"]["patch"] = 3
+    with pytest.raises(ValueError, match="16 channels of a token are not those of 3x3 patches"):
+        decoded(model)

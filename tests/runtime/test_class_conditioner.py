@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,13 @@ from hypothesis import strategies as st
 
 from gtr_deploy.runtime.errors import UsageError
 from gtr_deploy.runtime.models.class_conditioner import DIGITS as DIGIT_LINES
-from gtr_deploy.runtime.models.class_conditioner import ClassConditioner, class_name, imagenet, parse_classes
+from gtr_deploy.runtime.models.class_conditioner import (
+    ClassConditioner,
+    class_name,
+    imagenet,
+    imagenet_wnids,
+    parse_classes,
+)
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 #: First names that stand for one class only, by index.
@@ -63,10 +70,31 @@ def test_every_class_has_clean_names() -> None:
         ("tench, Tinca tinca", [0, 0]),
         ("black-and-tan coonhound", [165]),
         ("toilet paper;2-3,bath towel", [999, 2, 3, 434]),
+        ("golden_retriever, Golden_Retriever,black-and-tan_coonhound", [207, 207, 165]),
+        ("207 360", [207, 360]),
+        ("1 2-3  999,0", [1, 2, 3, 999, 0]),
+        ("n02099601, N01440764;n15075141", [207, 0, 999]),
+        ("all", list(range(1000))),
+        ("5, ALL", [5, *range(1000)]),
     ],
 )
 def test_classes(text: str, labels: list[int]) -> None:
     assert parse_classes(text, imagenet()) == labels
+
+
+def test_wordnet_ids_are_those_of_the_names() -> None:
+    ids = imagenet_wnids()
+    assert len(set(ids)) == len(imagenet())
+    assert list(ids) == sorted(ids)  # the standard order is theirs
+    assert all(re.fullmatch("n[0-9]{8}", wnid) for wnid in ids)
+    known = {"n02123045": "tabby", "n02510455": "giant panda", "n03126707": "crane", "n07873807": "pizza"}
+    assert {wnid: class_name(ids.index(wnid), imagenet()) for wnid in known} == known
+
+
+def test_a_class_s_own_name_comes_first() -> None:
+    names = ("all", "3 4", "n02099601", "5_6", "b_c", "b c")
+    assert [parse_classes(name, names) for name in names] == [[0], [1], [2], [3], [4], [5]]
+    assert parse_classes("ALL,0 1", names) == [0, 0, 1]
 
 
 @pytest.mark.parametrize("digit", range(10))
@@ -129,6 +157,8 @@ def test_any_text_gives_labels_or_one_line(text: str, names: tuple[str, ...]) ->
         (" ;", "item 1 of the classes is empty; remove the extra separator"),
         ("", 'no class given; give indices, ranges or names, for example "207, 0-9"'),
         (" \n", 'no class given; give indices, ranges or names, for example "207, 0-9"'),
+        ("1 1000", "class 1000 is not in 0..999"),
+        ("n00000000", 'no class is called "n00000000"; give an index in 0..999 or a name such as "tench"'),
         ("zzzqq", 'no class is called "zzzqq"; give an index in 0..999 or a name such as "tench"'),
         ("crane", '"crane" is the name of several classes: 134 (crane, crane bird) or 517 (crane, crane machine); '
          "give the index"),
@@ -164,6 +194,12 @@ def test_unknown_names_get_suggestions(text: str, suggestion: str) -> None:
     assert str(error.value).startswith(f'no class is called "{text}"; did you mean ')
     assert suggestion in str(error.value)
     assert str(error.value).count("(") <= 3
+
+
+def test_wordnet_ids_are_for_imagenet_s_names_only() -> None:
+    with pytest.raises(UsageError, match='no class is called "n02099601"'):
+        parse_classes("n02099601", DIGIT_LINES)
+    assert parse_classes("all", DIGIT_LINES) == list(range(10))
 
 
 def test_a_single_suggestion() -> None:

@@ -1,0 +1,109 @@
+"""What a build knows of its model before it starts: an own checkpoint's sizes, and what its classes are called.
+
+Importing this module does not import torch; a checkpoint is looked at where its sizes are asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ...runtime.commands.console import Reporter
+from ...runtime.errors import GtrError, UsageError, printable
+from ...runtime.models.class_conditioner import ClassConditioner
+from ...runtime.models.families import known_models
+from ...runtime.models.family import KnownModel
+from ...runtime.models.mar import MarArchitecture
+from ..zoo import KL16, ModelEntry
+from .class_names import read_class_names
+from .inference import Findings, Told, find
+from .request import AUTO, BuildRequest
+
+NEUTRAL_PLAN = {"cfg": 1.0, "cfg_schedule": "linear", "max_timestep": 999, "temperature": 1.0}
+"""Plans on a model of one's own start from these: the defaults of the original's main_mar.py, which are no guidance."""
+
+
+_LANDMARKS = ("mask_token", "encoder_pos_embed_learned", "z_proj.weight", "diffloss.net.input_proj.weight")
+"""Names that every MAR has."""
+
+
+def resolved(request: BuildRequest, reporter: Reporter) -> BuildRequest:
+    """The request with the model's sizes, class names and defaults found; itself where the zoo has them.
+
+    Raises:
+        UsageError: see :meth:`BuildRequest.check`; something that only an option can say, or that contradicts one.
+        GtrError: the file is no MAR checkpoint in the official layout, or contradicts itself.
+    """
+    request.check()
+    if request.found is not None:
+        return request
+    if request.model != AUTO:
+        entry = request.entry()
+        architecture = entry.architecture
+        if request.class_names is None:
+            return request
+        if not isinstance(architecture, MarArchitecture):
+            raise UsageError(f"--class-names: {request.name} is not asked for by class")
+        classes = architecture.classes
+    else:
+        path = request.checkpoint
+        assert path is not None  # checked
+        if not path.exists():
+            raise UsageError(f"--checkpoint {printable(str(path))} does not exist")
+        own = request.own
+        told = Told(own.heads, own.patch_size, own.grid, request.vae is not None)
+        found, _, known = findings(path, told, request.weights)
+        try:
+            architecture = found.architecture(request.name)
+        except GtrError as error:
+            hint = f", or --model {known} if it is that" if known and found.missing else ""
+            raise _named(path, error, hint) from None
+        reporter.say(f"model: {found.summary}")
+        if known:
+            reporter.say(f"model: the sizes are those of {known}; --model {known} has its class names and guidance")
+        vae = KL16 if architecture.decoder.has_weights else None
+        classes = architecture.classes
+        numbers = ClassConditioner(tuple(map(str, range(classes))))
+        entry = ModelEntry(KnownModel(architecture, numbers, NEUTRAL_PLAN), vae=vae)
+    if request.class_names is not None:
+        conditioner = ClassConditioner(read_class_names(request.class_names, classes))
+        entry = replace(entry, model=replace(entry.model, conditioner=conditioner))
+    return replace(request, found=entry)
+
+
+def findings(path: Path, told: Told, wanted: str = "auto") -> tuple[Findings, str, str | None]:
+    """What a checkpoint and a person say of the model, every key and shape compared.
+
+    Args:
+        wanted: which weights, of ``state_dicts.CHOICES``.
+
+    Returns:
+        The sizes, which weights were looked at (``checkpoints.load_mar``), and the zoo's model of these very sizes.
+
+    Raises:
+        UsageError, GtrError: see :func:`~.inference.find`; with the file's name.
+    """
+    from .checkpoints import compare, expected_mar, looks_like
+    from .files import refusal
+    from .reading import read_checkpoint
+    from .state_dicts import choose, find_state_dicts
+
+    content, _ = read_checkpoint(path)
+    chosen = choose(path, find_state_dicts(content, _LANDMARKS), wanted, _LANDMARKS)
+    state, taken = chosen.entries, str(chosen)
+    try:
+        found = find(state, content.get("args"), told)
+        shapes = found.shapes()
+    except GtrError as error:
+        raise _named(path, error) from None
+    if problems := compare(state, expected_mar(shapes)):
+        raise refusal(path, f"is no MAR checkpoint in the official layout: {problems}")
+    known = known_models().get(looks_like(state) or "")
+    same = known is not None and not compare(state, expected_mar(known.architecture))
+    return found, taken, known.architecture.name if known is not None and same else None
+
+
+def _named(path: Path, error: GtrError, hint: str = "") -> GtrError:
+    from .files import refusal
+
+    return type(error)(str(refusal(path, f"{error}{hint}")))

@@ -1,0 +1,92 @@
+"""What gtr-export asks and says of models of one's own: the options of build, and inspect on a checkpoint."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..runtime.commands.console import print_json, print_table
+from ..runtime.commands.option_groups import given, with_options
+
+
+class _Grid(click.ParamType):
+    """``16x24`` is 16 rows of 24 tokens."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        sides = re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", value)
+        if not sides:
+            self.fail(f"{value!r} is not rows x columns such as 16x24", param)
+        return int(sides[1]), int(sides[2])
+
+
+_SIZE = click.IntRange(1, 1024)
+_OPTIONS = {
+    "own_name": click.option("--name", "own_name", help="Own model: what to call it (default: the file's name)."),
+    "own_heads": click.option("--heads", "own_heads", type=_SIZE, help="Own model: attention heads, if no args."),
+    "own_patch_size": click.option(
+        "--patch-size", "own_patch_size", type=_SIZE, help="Own model: latent cells or pixels along a token's side."
+    ),
+    "own_grid": click.option("--grid", "own_grid", type=_Grid(), help="Own model: rows and columns of tokens."),
+    "class_names": click.option(
+        "--class-names",
+        "class_names",
+        type=click.Path(path_type=Path),
+        help="Names of the classes: one a line, or JSON; the word imagenet stands for ImageNet's.",
+    ),
+}
+
+
+def own_model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options; the command gets ``own``, those that were typed, and ``class_names``."""
+    return with_options(
+        command,
+        _OPTIONS,
+        lambda values: {"class_names": values.pop("class_names"), "own": given(values, "own_")},
+    )
+
+
+def inspect_checkpoint(path: Path, as_json: bool) -> None:
+    """Prints which model a checkpoint is of, what says so, and the command that builds it.
+
+    Raises:
+        GtrError: it is no MAR checkpoint in the official layout, or contradicts itself.
+    """
+    from .build.inference import Told, shown
+    from .build.own_model import findings
+
+    found, taken, known = findings(path, Told())
+    if not found.missing:
+        found.architecture("any")  # or it says why there can be none
+    options = ["--heads N"] * ("heads" in found.missing) + ["--patch-size N"] * ("patch" in found.missing)
+    options += ["--grid HxW"] * ("grid" in found.missing)
+    following = " ".join(["gtr-export build --checkpoint", shlex.quote(str(path)), *options])
+    if known:
+        following = f"gtr-export build --model {known} --checkpoint {shlex.quote(str(path))}"
+    if as_json:
+        print_json(
+            {
+                "checkpoint": str(path),
+                "weights": taken,
+                "sizes": found.values,
+                "from": found.origins,
+                "missing": found.missing,
+                "known": known,
+                "next": following,
+            }
+        )
+        return
+    rows = [[name.replace("_", " "), shown(value), found.origins[name]] for name, value in found.values.items()]
+    rows += [[name, "?", question] for name, question in found.missing.items()]
+    print_table(["what", "size", "from"], rows, title=f"{path.name}: {taken}")
+    if known:
+        click.echo(f"these are the sizes of {known}")
+    click.echo(f"next: {following}")
