@@ -95,7 +95,7 @@ def test_a_vae_that_only_regroups_pixels_is_none() -> None:
     shipped = MODELS["mar-digits"].shipped
     assert shipped is not None
     found, taken, known = findings(shipped, Told(heads=4, patch_size=4))
-    assert (taken, known, found.architecture("mar-digits")) == ("safetensors", "mar-digits", digits)
+    assert (taken, known, found.architecture("mar-digits")) == ("state dict", "mar-digits", digits)
 
 
 @given(

@@ -90,9 +90,8 @@ def test_from_checkpoint_to_verified_pictures(
     last = architecture.classes - 1
     done = run_cli("generate", bundle.folder, "--classes", f"0,{last}", "--plan", "gtr-fast", "--out", "pictures")
     assert done.exit_code == 0, done.output
-    assert sorted(path.name for path in (tmp_path / "pictures").glob("*.png")) == sorted(
-        {"0-class0-seed0.png", f"{last}-class{last}-seed1.png"}
-    )
+    names = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
+    assert [int(name.removeprefix("class").partition("-")[0]) for name in names] == [0, last]
     assert Pipeline.load(bundle, "onnxruntime", threads=1).generate([0], plan="gtr-fast").images.shape == (1, *size, 3)
     done = export_cli("verify", bundle.folder, "--plans", "gtr-fast", "--images", "1", "--json")
     assert done.exit_code == 0, done.output
