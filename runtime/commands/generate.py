@@ -115,13 +115,14 @@ def generate(
     record = run.place(resume)
     size = batch_size or min(len(run.numbers), opened.max_batch)
     work = _Work(run, size, resume, trace, save_latents)
-    run.begin(record)
+    pipeline = context.with_resource(load_pipeline(opened, engine, reporter)) if work.batches else None
+    run.begin(record)  # a bundle that does not load has left nothing
     for path in (grid, trace, save_latents):
         if path is not None:
             sweep(path.parent)
     stop = Stop("stopping after this batch; once more stops at once", as_json)
-    if work.batches:
-        work.make(context.with_resource(load_pipeline(opened, engine, reporter)), stop, reporter)
+    if pipeline is not None:
+        work.make(pipeline, stop, reporter)
     there = f"{work.made + work.kept} of {len(run.numbers)} images are in {out}"
     if stop.signal:
         click.echo(f"stopped: {there}; the same command with --resume goes on", err=True)

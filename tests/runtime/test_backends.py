@@ -298,14 +298,16 @@ class TestCommands:
     def test_generate_says_which_and_why(
         self, run_cli: Callable[..., Result], digits_bundle: Path, tmp_path: Path
     ) -> None:
-        arguments = ("generate", digits_bundle, "--classes", "3", "--out", tmp_path, *self.ARGUMENTS)
+        arguments = ("generate", digits_bundle, "--classes", "3", *self.ARGUMENTS, "--out")
         wanted, why = choose_backend(Bundle.load(digits_bundle), examine_machine())
-        said = run_cli(*arguments)
+        said = run_cli(*arguments, tmp_path / "1")
         assert said.exit_code == 0, said.output
         assert f"backend {wanted}: {why}" in said.stderr
-        report = json.loads(run_cli(*arguments, "--json").stdout)
+        report = json.loads(run_cli(*arguments, tmp_path / "2", "--json").stdout)
         assert (report["backend"], report["backend_why"]) == (wanted, why)
-        asked = run_cli(*arguments, "--backend", "onnxruntime", "--provider", "cpu", "--cuda-graph", "off", "--json")
+        asked = run_cli(
+            *arguments, tmp_path / "3", "--backend", "onnxruntime", "--provider", "cpu", "--cuda-graph", "off", "--json"
+        )
         assert json.loads(asked.stdout)["backend_why"] is None
 
     def test_bench_says_it_too(self, run_cli: Callable[..., Result], digits_bundle: Path) -> None:
