@@ -72,6 +72,7 @@ def test_changes_in_the_name() -> None:
         ("gtr:cfg=nan", "cfg nan is not in 0..100"),
         ("gtr:stage_steps=8+x", "stage_steps '8+x' is no number"),
         ("gtr:stages=9", "stages 9 is not in 1..8"),
+        ("gtr:stage_steps=" + "+".join(["1"] * 100), "100 stages on a 8x8 grid; use fewer stages"),
         ("gtr:stages=2,stage_steps=1+1+1", "stages 2 contradicts stage steps with 3 numbers"),
         ("gtr:fts=best", "FTS rule 'best' is not one of"),
         ("gtr:\x1b[2J=3", "is no change of a plan"),
