@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..errors import UsageError, printable
 from .conditioning import Arrays, Conditioner, RequestOption
 from .graphs import TensorSpec
 
@@ -68,6 +68,11 @@ class ClassConditioner(Conditioner, frozen=True, forbid_unknown_fields=True):
     def classes(self) -> int:
         """Number of classes; also the label of the unconditional branch."""
         return len(self.class_names)
+
+    def __post_init__(self) -> None:
+        for index, name in enumerate(self.class_names):
+            if not name.isprintable():
+                raise ValueError(f"the name of class {index} has characters that cannot be printed: {printable(name)}")
 
     def check_architecture(self, architecture: Any) -> None:
         if architecture.classes != self.classes:

@@ -96,7 +96,7 @@ def test_they_are_kept_in_the_bundle_and_change_no_graph(
     )
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
-        f"figure_{label}-class{label}-seed{seed}.png" for seed, label in enumerate((7, 8, 9))
+        f"class{label}-figure_{label}-gtr-fast-seed{seed:06d}.png" for seed, label in enumerate((7, 8, 9))
     ]
     path.write_text('["one"]')
     one_line_error(export_cli(*options, "--class-names", path), 2, "has 1 names, the model has 10 classes")

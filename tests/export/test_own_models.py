@@ -186,4 +186,4 @@ def test_inspect_says_what_a_checkpoint_is(export_cli: Cli, tmp_path: Path) -> N
     path = save(tmp_path / "a b.pth", own((5, 7), 2, 2, 16, KL16), vae_stride=8, patch_size=1, img_size=[40, 56])
     assert f"--checkpoint '{path}' --heads N" in export_cli("inspect", path).stdout
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
-    one_line_error(export_cli("inspect", tmp_path / "page.pth"), 1, "is not a checkpoint")
+    one_line_error(export_cli("inspect", tmp_path / "page.pth"), 1, "is a web page")

@@ -64,6 +64,6 @@ def test_random_weights_get_no_warning(own_bundle: Path, digits_pipeline: Pipeli
     manifest["source"]["random_weights"] = 0
     (own_bundle / "manifest.json").write_text(json.dumps(manifest))
     report = Report("mar-digits", "fp32", "onnxruntime cpu")
-    verify_module._respacing(digits_pipeline.backend, Bundle.load(own_bundle), report, Reporter(quiet=True))  # type: ignore[arg-type]
+    verify_module._respacing(digits_pipeline.backend, Bundle.load(own_bundle), report, Reporter(quiet=True), None)  # type: ignore[arg-type]
     assert report.respacing is None
     assert report.to_json()["respacing"] is None

@@ -116,7 +116,7 @@ def test_wrong_requests_are_one_line(run_cli: Cli, digits_bundle: Path, tmp_path
     for code, options, words in (
         (2, ["--images", "1"], ["--images"]),
         (2, ["--plans", "best"], ["plan 'best' is not one of"]),
-        (2, ["--plans", "gtr,"], ["plan '' is not one of"]),
+        (2, ["--plans", "gtr,"], ["names no plan between two commas"]),
         (2, ["--plans", "gtr,gtr"], ["gtr stands there twice"]),
         (2, ["--seed", "-1"], ["--seed"]),
         (2, ["--plot", "a.jpg"], ["--plot a.jpg does not end in .png"]),
@@ -156,7 +156,7 @@ def test_imagenet_models_need_a_reference(tmp_path: Path, monkeypatch: pytest.Mo
     assert isinstance(module.open_measure(_bundle("mar-digits"), None, None, engine), DigitsMeasure)
     odd = Decoder(kind="patches", stride=1, patch=3)
     with pytest.raises(UsageError, match="24x21 pictures; digits are compared as 8x8"):
-        module.open_measure(_bundle("mar-digits", decoder=odd, grid=(8, 7)), None, None, engine)
+        module.open_measure(_bundle("mar-digits", decoder=odd, grid=(8, 7), token_channels=9), None, None, engine)
 
 
 def test_help_says_the_protocol(run_cli: Cli) -> None:

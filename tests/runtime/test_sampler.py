@@ -23,9 +23,9 @@ from gtr_deploy.runtime.sampling.diffusion import kept_timesteps, reverse_proces
 from gtr_deploy.runtime.sampling.job import StepResult
 from gtr_deploy.runtime.sampling.loop import BackboneOutput
 from gtr_deploy.runtime.sampling.noise import SeededNoise
-from gtr_deploy.runtime.sampling.plan import ARStep, PlanSettings, resolve
+from gtr_deploy.runtime.sampling.plan import ARStep, FittedSettings, PlanSettings, resolve
 
-SMALL = PlanSettings(
+SMALL = FittedSettings(
     "small",
     (3, 2, 2),
     generation_diffusion=(6, 4),
