@@ -256,11 +256,13 @@ def test_what_is_no_class_is_refused(request_: object) -> None:
 
 
 def test_a_file_name_has_nothing_that_a_path_could_be() -> None:
-    hostile = ClassConditioner(("../../etc/passwd, x", "a\x1b[31mred"))
+    hostile = ClassConditioner(("../../etc/passwd, x", "a:red*"))
     assert hostile.stem(0) == "class0-______etc_passwd"
-    assert hostile.stem(1) == "class1-a__31mred"
+    assert hostile.stem(1) == "class1-a_red_"
     assert hostile.record(0) == {"class": 0, "class_name": "../../etc/passwd"}
     assert hostile.recalled(hostile.record(1)) == 1
+    with pytest.raises(ValueError, match="cannot be printed"):
+        ClassConditioner(("a\x1b[31mred",))
 
 
 def test_file_names_sort_as_the_classes_do() -> None:
