@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -121,18 +121,23 @@ def read_json_and_bytes(path: Path) -> tuple[Any, bytes]:
     """The same, and the very bytes that it was read from, for a stricter reader."""
     try:
         content = path.read_bytes()
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique), content
+        return json.loads(content.decode("utf-8"), object_pairs_hook=unique("key")), content
     except FileNotFoundError:
         raise BundleError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
+def unique(what: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """An ``object_pairs_hook`` of ``json.loads``: ValueError where a key, called ``what``, stands twice."""
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError(f"a {what} stands twice")
+        return result
+
+    return made
 
 
 def link_or_copy(source: Path, target: Path) -> None:

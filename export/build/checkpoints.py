@@ -66,7 +66,7 @@ def load_mar(path: Path, architecture: Architecture, wanted: str = "auto") -> Ta
         GtrError: no such file, not a checkpoint, one that cannot be read safely, without the weights that are wanted,
             with another model's weights, or with weights that are not finite.
     """
-    content, _ = read_checkpoint(path)
+    content = read_checkpoint(path)
     expected = expected_mar(architecture)
     candidates = find_state_dicts(content, expected)
     found = choose(path, candidates, wanted, expected)
@@ -94,7 +94,7 @@ def load_vae_decoder(path: Path, architecture: Architecture) -> Taken:
     """
     if not architecture.decoder.has_weights:
         return Taken({})
-    content, _ = read_checkpoint(path)
+    content = read_checkpoint(path)
     expected = expected_vae_decoder(architecture)
     found = choose(path, find_state_dicts(content, expected), "auto", expected)
     state = {key: value for key, value in found.entries.items() if not str(key).startswith(VAE_UNUSED)}

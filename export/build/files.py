@@ -11,10 +11,10 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from ...runtime.errors import GtrError, printable
-from ...runtime.files import LFS_POINTER
+from ...runtime.files import LFS_POINTER, unique
 
 LONGEST_HEADER, MOST_TENSORS = 4_000_000, 20_000  # of a .safetensors file or an index; mar-h's has 0.1 MB and 700
 _LONGEST_LINE, _LONGEST_PATH = 300, 140
@@ -85,7 +85,7 @@ def read_index(path: Path) -> dict[Path, set[str]]:
         content = _opened(path, lambda file: file.read(LONGEST_HEADER + 1))
         if len(content) > LONGEST_HEADER:
             raise ValueError(f"more than {LONGEST_HEADER} bytes")
-        document = json.loads(content, object_pairs_hook=unique)
+        document = json.loads(content, object_pairs_hook=unique("name"))
         listed = document.get("weight_map") if isinstance(document, dict) else None
         if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
             raise ValueError("no weight_map from tensors to files")
@@ -101,14 +101,6 @@ def read_index(path: Path) -> dict[Path, set[str]]:
     for tensor, name in listed.items():
         shards[name].add(tensor)
     return {_beside(path, name): tensors for name, tensors in shards.items()}
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For ``json.loads``: ValueError where a name stands twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
-    return result
 
 
 def _beside(path: Path, name: str) -> Path:

@@ -88,7 +88,7 @@ def findings(path: Path, told: Told, wanted: str = "auto") -> tuple[Findings, st
     from .reading import read_checkpoint
     from .state_dicts import choose, find_state_dicts
 
-    content, _ = read_checkpoint(path)
+    content = read_checkpoint(path)
     chosen = choose(path, find_state_dicts(content, _LANDMARKS), wanted, _LANDMARKS)
     state, taken = chosen.entries, str(chosen)
     try:

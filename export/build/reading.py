@@ -18,15 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...runtime.errors import printable
+from ...runtime.files import unique
 from .archives import check_archive
-from .files import LONGEST_HEADER, MOST_TENSORS, is_index, read_index, read_start, refusal, unique, weights_file
+from .files import LONGEST_HEADER, MOST_TENSORS, is_index, read_index, read_start, refusal, weights_file
 from .pickles import LONGEST_PICKLE, CodeError, RefusedError, check_legacy, check_pickle
 
 _CONVERT = "refused. Convert it to .safetensors on a machine you trust"
 
 
-def read_checkpoint(path: Path) -> tuple[Mapping[Any, Any], str]:
-    """The file's top-level mapping, and ``safetensors`` or ``state dict``; its content decides, not its suffix.
+def read_checkpoint(path: Path) -> Mapping[Any, Any]:
+    """The file's top-level mapping; its content decides how it is read, not its suffix.
 
     Values are tensors, plain containers, numbers, pure paths and ``argparse.Namespace``; keys are text, numbers or
     None. Tensors stay mapped to the file where the format allows.
@@ -39,10 +40,10 @@ def read_checkpoint(path: Path) -> tuple[Mapping[Any, Any], str]:
     """
     path = weights_file(path)
     if is_index(path):
-        return _read_shards(path), "safetensors"
+        return _read_shards(path)
     start, size = read_start(path), path.stat().st_size
     if start[8:9] == b"{":
-        return _read_safetensors(path, int.from_bytes(start[:8], "little"), size), "safetensors"
+        return _read_safetensors(path, int.from_bytes(start[:8], "little"), size)
     is_zip = start.startswith(b"PK\x03\x04")
     if is_zip and not zipfile.is_zipfile(path):
         raise refusal(path, f"is cut short: {size} bytes and no end of the archive; download it again")
@@ -51,7 +52,7 @@ def read_checkpoint(path: Path) -> tuple[Mapping[Any, Any], str]:
     content = _read_pickle(path, is_zip, size)
     if not isinstance(content, Mapping):
         raise refusal(path, f"holds a {type(content).__name__}, not a state dict; give a checkpoint file")
-    return content, "state dict"
+    return content
 
 
 def _read_safetensors(path: Path, header_bytes: int, size: int) -> Mapping[str, Any]:
@@ -63,7 +64,7 @@ def _read_safetensors(path: Path, header_bytes: int, size: int) -> Mapping[str, 
         with path.open("rb") as file:
             file.seek(8)
             header = file.read(header_bytes)
-        if len(json.loads(header, object_pairs_hook=unique)) > MOST_TENSORS:
+        if len(json.loads(header, object_pairs_hook=unique("name"))) > MOST_TENSORS:
             raise ValueError(f"more than {MOST_TENSORS} tensors")
         return load_file(path)
     except (SafetensorError, ValueError, OSError, RecursionError, MemoryError) as error:

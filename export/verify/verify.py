@@ -29,7 +29,6 @@ from ...runtime.backends.protocol import Backend
 from ...runtime.backends.row import BackendOptions
 from ...runtime.backends.tensorrt.backend import TensorRTBackend
 from ...runtime.bundle.engine_sets import FLAVOURS, EngineSet, choose_engines
-from ...runtime.bundle.graph_file import GraphFile
 from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
 from ...runtime.commands.watch import watch_calls
@@ -251,12 +250,12 @@ def _loads(
 def _opened(bundle: Bundle, engine: str, scratch: Path) -> Backend:
     if engine != "onnxruntime":
         return open_backend(bundle, BackendOptions(engine))
-    graphs: Mapping[str, GraphFile | Path] = bundle.graph_files(target="cpu")
+    graphs = bundle.graph_files(target="cpu")
     if bundle.precision == "bf16":
         from ..graphs.bfloat16 import widen
 
-        paths = bundle.graph_paths(target="cpu")
-        graphs = {kind: widen(path, scratch / path.name) for kind, path in paths.items()}
+        widened = {kind: widen(graph.path, scratch / graph.path.name) for kind, graph in graphs.items()}
+        return OnnxRuntimeBackend(widened)
     return OnnxRuntimeBackend(graphs, optimised=bundle.precision != "fp8")
 
 

@@ -136,11 +136,6 @@ class GraphFile:
     outputs: tuple[TensorSpec, ...] = ()
     precisions: frozenset[str] = frozenset()
 
-    @classmethod
-    def own(cls, path: Path) -> GraphFile:
-        """A graph of our own making, as it is."""
-        return cls(path, path.read_bytes())
-
     def confirm(self) -> None:
         """To be called once a library has opened the files by their names: they are still those that were compared.
 

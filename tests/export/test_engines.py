@@ -44,13 +44,17 @@ def contract_profile(spec: GraphSpec) -> Profile:
     return {k: tuple(sorted((spec.smallest[k], spec.usual[k], spec.largest[k]))) for k in spec.smallest}  # type: ignore[misc]
 
 
+def _graph(path: Path) -> GraphFile:
+    return GraphFile(path, path.read_bytes())
+
+
 def build_one(
     folder: Path, kind: str, target: Target, out: Path, precision: str | None = None, reporter: Reporter = QUIET
 ) -> BuiltGraph:
     bundle = Bundle.load(folder)
     spec = graph_specs(bundle.architecture, bundle.max_batch)[kind]
     settings = BuildSettings(precision or bundle.precision, optimization_level=0)
-    graph = GraphFile.own(folder / bundle.graphs[kind].model.file)
+    graph = _graph(folder / bundle.graphs[kind].model.file)
     return build_graph(graph, spec, [contract_profile(spec)], target, settings, out, reporter)
 
 
@@ -148,7 +152,7 @@ def test_parse_errors_name_the_graph_and_every_node(digits_bundle: Path, target:
 def test_a_profile_that_does_not_fit_the_graph(digits_bundle: Path, target: Target, tmp_path: Path) -> None:
     bundle = Bundle.load(digits_bundle)
     spec = graph_specs(bundle.architecture)["decoder"]
-    graph = GraphFile.own(digits_bundle / "graphs" / "decoder.onnx")
+    graph = _graph(digits_bundle / "graphs" / "decoder.onnx")
     with pytest.raises(BackendError, match="the decoder engine"):
         build_graph(graph, spec, [{"B": (4, 2, 1)}], target, BuildSettings("fp32"), tmp_path / "x.engine", QUIET)
     assert not (tmp_path / "x.engine").exists()
@@ -257,7 +261,7 @@ def test_tf32_is_off_in_fp32_alone(digits_bundle: Path, target: Target, monkeypa
     for precision in ("fp32", "fp16", "int8"):
         settings = BuildSettings(precision, 0.5, 1)
         with pytest.raises(BackendError, match="cannot build the decoder engine"):
-            build_graph(GraphFile.own(path), spec, [{"B": (1, 1, 2)}], target, settings, path.with_name("never"), QUIET)
+            build_graph(_graph(path), spec, [{"B": (1, 1, 2)}], target, settings, path.with_name("never"), QUIET)
     assert flags == [False, True, True]
 
 
@@ -282,7 +286,8 @@ machine = Machine("linux-x86_64", Gpu("Test GPU (8 GB)", "8.9", 1 << 33, "13.0")
 target = choose_target("tensorrt", (), False, machine, "")
 assert (target.compute_capabilities, target.gpu, target.build_gpu) == (("8.9",), machine.gpu.name, machine.gpu.name)
 spec = graph_specs(Bundle.load(folder).architecture)["decoder"]
-graph = GraphFile.own(folder / "graphs" / "decoder.onnx")
+path = folder / "graphs" / "decoder.onnx"
+graph = GraphFile(path, path.read_bytes())
 
 def build(hardware_compatible=False):
     chosen = choose_target("tensorrt", (), hardware_compatible, machine, "")

@@ -153,7 +153,7 @@ def test_numbers_and_paths_beside_the_weights_are_values(zipped: bool, tmp_path:
     }  # fmt: skip
     arguments = Namespace(output_dir=Path("out"), lr=np.float64(1e-4))
     torch.save({**beside, "args": arguments}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-    content, _ = read_checkpoint(tmp_path / "a.pth")
+    content = read_checkpoint(tmp_path / "a.pth")
     assert {key: content[key] for key in beside if key not in ("path", "none")} == {
         key: value.item() for key, value in beside.items() if isinstance(value, np.generic)
     }

@@ -169,7 +169,7 @@ def test_what_a_training_run_writes_is_read(tmp_path: Path, zipped: bool) -> Non
         "args": arguments,
     }
     torch.save({**whole, **rest}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-    content, _ = read_checkpoint(tmp_path / "a.pth")
+    content = read_checkpoint(tmp_path / "a.pth")
     assert {key: content[key] for key in rest} == rest
     assert content["args"] == arguments
     assert torch.equal(content["model"]["again"], weight)
