@@ -23,6 +23,9 @@ DEBUG_VARIABLE = "GTR_DEBUG"
 """Set to anything, it shows the traceback of an error that nobody foresaw."""
 
 
+_LONGEST_LINE = 2000  # of what is printed: names in it may be somebody else's
+
+
 class CommandGroup(click.Group):
     """A click group whose every error is one line: exit 2 for bad usage, 1 for failure, 130 for Ctrl-C."""
 
@@ -60,7 +63,7 @@ class CommandGroup(click.Group):
 
 
 def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()), 2000)
+    return printable(" ".join(text.split()), _LONGEST_LINE)
 
 
 def print_json(value: Any) -> None:
@@ -79,8 +82,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     from rich.console import Console
     from rich.table import Table
 
+    rows = [["\n".join(printable(line, _LONGEST_LINE) for line in cell.split("\n")) for cell in row] for row in rows]
     if title:
-        click.echo(title)
+        click.echo(printable(title, _LONGEST_LINE))
     padding = 3 * len(columns) + 2
     if sys.stdout.isatty():
         others = sum(max(map(cell_len, cells)) for cells in list(zip(columns, *rows, strict=True))[:-1])
