@@ -53,18 +53,21 @@ class Rates:
         """Such as ``86 GFLOP/s, 10.2 GB/s, threads: 1``."""
         return f"{self.matrix / 1e9:.0f} GFLOP/s, {self.memory / 1e9:.1f} GB/s, threads: {self.threads}"
 
-    def floor(self, work: Sequence[Sequence[float]], backbone_bytes: float, head_bytes: float) -> float | None:
+    def floor(
+        self, work: Sequence[Sequence[float]], backbone_bytes: float, head_bytes: float, modulation_bytes: float = 0
+    ) -> float | None:
         """Least seconds of a generation; None where the weights may well stay in a cache.
 
         Args:
-            work: per AR step FLOPs of the backbone, FLOPs of the head, number of head calls.
+            work: per AR step FLOPs of the backbone and the head, calls of the reverse step and of its modulation.
         """
-        if backbone_bytes + head_bytes < CACHED_BYTES:
+        if backbone_bytes + head_bytes + modulation_bytes < CACHED_BYTES:
             return None
         total = 0.0
-        for backbone, head, calls in work:
+        for backbone, head, calls, *made in work:
+            read = calls * head_bytes + sum(made) * modulation_bytes
             total += max(backbone / self.matrix, backbone_bytes / self.memory)
-            total += max(head / self.matrix, calls * head_bytes / self.memory)
+            total += max(head / self.matrix, read / self.memory)
         return total
 
 

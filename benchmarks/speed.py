@@ -27,7 +27,8 @@ from roofline import Rates, measure_rates
 
 from gtr_deploy.runtime import Bundle, GtrError, Pipeline, SamplingPlan, UsageError
 from gtr_deploy.runtime.commands.console import CommandGroup, Reporter, print_table
-from gtr_deploy.runtime.sampling.plan import preset, preset_names, resolve
+from gtr_deploy.runtime.sampling.plan import ARStep, preset, preset_names, resolve
+from gtr_deploy.runtime.sampling.shapes import step_shapes
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
 PROFILES = RESULTS.with_name("profile.jsonl")
@@ -138,8 +139,8 @@ def take_turns(
                 failed.add(id(contender))
                 reporter.say(f"{title}: not measured: {' '.join(str(error).split())}")
                 continue
-            steps = [(s.backbone_flops * batch, s.head_flops * batch, s.head_calls) for s in plan.steps]
-            weights = [_weight_bytes(bundle, kind) for kind in ("backbone", "diffusion_step")]
+            steps = [_work(step, plan, batch) for step in plan.steps]
+            weights = [_weight_bytes(bundle, kind) for kind in ("backbone", "diffusion_step", "modulation")]
             line = {
                 "model": bundle.architecture.name, "plan": name, "batch": batch, "backend": contender.backend,
                 "precision": bundle.precision, "mode": "whole", "date": now(), "round": number,
@@ -149,6 +150,12 @@ def take_turns(
             }  # fmt: skip
             write(line)
             reporter.say(f"{title}: {seconds.wall:.3f} s, processor {seconds.cpu:.3f} s")
+
+
+def _work(step: ARStep, plan: SamplingPlan, batch: int) -> tuple[int, int, int, int]:
+    """FLOPs of backbone and head, calls of the reverse step and of its modulation."""
+    modulated = sum(n for kind, _, n in step_shapes(step, plan.settings, batch) if kind == "modulation")
+    return step.backbone_flops * batch, step.head_flops * batch, step.head_calls, modulated
 
 
 def _weight_bytes(bundle: Bundle, kind: str) -> int:

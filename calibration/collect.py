@@ -39,7 +39,7 @@ from .ranges import BINS, SAMPLES, Statistics
 BATCH = 4
 """Images per batch. All watched tensors of one call are in memory together: 1 GB for mar-b's backbone at 4 images."""
 
-STAGE_VERSIONS = {"sampler": 1, "plan": 1, "noise": 1, "statistics": 1, "ranges": 1, "quantise": 1}
+STAGE_VERSIONS = {"sampler": 1, "plan": 1, "noise": 1, "statistics": 1, "ranges": 2, "quantise": 1}
 """Raise a number when calibrations must be made again because something computes otherwise: the first three when the
 trajectories of one plan and seed change (runtime/sampling), ``statistics`` for what is recorded along them,
 ``ranges`` for what is chosen from that (ranges.py, sensitivity.py, probes.py), ``quantise`` for the graphs that are

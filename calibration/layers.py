@@ -17,7 +17,7 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 
 from ..runtime.errors import BundleError, UsageError
 
-QUANTISED_KINDS = ("backbone", "diffusion_step")
+QUANTISED_KINDS = ("backbone", "modulation", "diffusion_step")
 """The graphs whose weights are large. The others are exact bookkeeping, or the VAE, whose errors would be seen."""
 
 RAW_LATENT_LAYERS = ("z_proj", "head.input_proj")

@@ -30,6 +30,9 @@ from .layers import QUANTISED_KINDS
 #: x0 = 0 x - 1 eps; x_next = 1 x0 + 0 x + no noise.
 _ONLY_EPS = {"sqrt_recipm1_alpha_bar": 1.0, "posterior_mean_x0": 1.0}
 
+OUTPUTS = {"backbone": "backbone", "modulation": "diffusion_step", "diffusion_step": "diffusion_step"}
+"""Graph kind to the kind whose output tells its error: modulation counts by the eps that it makes."""
+
 Call = dict[str, NDArray[Any]]
 
 AR_STEPS, CALLS = 6, 5
@@ -41,8 +44,9 @@ class Probes:
     """Recorded inputs and what the float graphs make of them.
 
     Attributes:
-        inputs: graph kind to inputs of a few calls, spread over AR steps and diffusion timesteps.
-        expected: graph kind to the float outputs: z [G, B, P, D], guided eps [N, C].
+        inputs: kind of output to the inputs of a few calls, spread over AR steps and diffusion timesteps; those of the
+            head are the modulation graph's and the reverse step's together.
+        expected: kind of output to what the float graphs give: z [G, B, P, D], guided eps [N, C].
         timesteps: largest diffusion timestep of each call of the head.
         images: that they come from.
         latents: float32 [n, L, C], the float graphs' images.
@@ -55,7 +59,7 @@ class Probes:
     latents: Floats
 
     def error(self, kind: str, found: Sequence[Floats]) -> float:
-        """Relative error of a graph's outputs.
+        """Relative error of outputs of one of :data:`OUTPUTS`.
 
         The head's rows count with their noise level sqrt(1 - alpha_bar), which is how far an error of eps moves a
         token: at t = 0 the head's eps is ill-conditioned, and next to nothing depends on it.
@@ -63,7 +67,7 @@ class Probes:
         if kind != "diffusion_step":
             return relative_error(found, self.expected[kind])
         level = np.sqrt(1 - np.cumprod(1 - cosine_betas()))
-        weights = [level[call["timestep"]][:, None] for call in self.inputs[kind]]
+        weights = [level[call["timestep"][: len(call["x"])]][:, None] for call in self.inputs[kind]]
         weighted = ([a * weight for a, weight in zip(x, weights, strict=True)] for x in (found, self.expected[kind]))
         return relative_error(*weighted)
 
@@ -79,22 +83,32 @@ class _Recorder:
     """Call hook that keeps the inputs of some calls."""
 
     def __init__(self, plan: SamplingPlan) -> None:
-        self.inputs: dict[str, list[Call]] = {kind: [] for kind in QUANTISED_KINDS}
+        self.inputs: dict[str, list[Call]] = {kind: [] for kind in OUTPUTS.values()}
         self._ar_step, self._call = -1, 0
+        self._modulation: Call = {}
+        self._first = 0
         #: AR step to the reverse steps of it that are kept.
         self._wanted = {i: _spread(plan.steps[i].head_calls, CALLS) for i in _spread(len(plan.steps), AR_STEPS)}
 
     def __call__(self, call: GraphCall) -> None:
-        if call.kind not in self.inputs:
-            return
+        given = dict(call.inputs)
         if call.kind == "backbone":
             self._ar_step, self._call = self._ar_step + 1, 0
             wanted = self._ar_step in self._wanted
-        else:
+        elif call.kind == "modulation":
+            self._modulation, self._first = given, self._call
+            return
+        elif call.kind == "diffusion_step":
             wanted = self._call in self._wanted.get(self._ar_step, ())
+            branches, rows, _ = given.pop("modulation").shape
+            own = slice(*(branches * rows * (self._call - self._first + i) for i in (0, 1)))
+            made = self._modulation
+            given = {**given, "z": made["z"], "row": made["row"][own], "timestep": made["timestep"][own]}
             self._call += 1
+        else:
+            return
         if wanted:
-            self.inputs[call.kind].append({name: np.array(value) for name, value in call.inputs.items()})
+            self.inputs[call.kind].append({name: np.array(value) for name, value in given.items()})
 
 
 def _spread(total: int, count: int) -> list[int]:
@@ -116,7 +130,7 @@ def record(
         call["coefficients"] = np.zeros_like(call["coefficients"])
         for name, value in _ONLY_EPS.items():
             call["coefficients"][:, COEFFICIENTS.index(name)] = value
-    expected = {kind: outputs(graphs[kind], calls, threads) for kind, calls in recorder.inputs.items()}
+    expected = {kind: outputs(graphs, kind, calls, threads) for kind, calls in recorder.inputs.items()}
     timesteps = tuple(int(call["timestep"].max()) for call in recorder.inputs["diffusion_step"])
     return Probes(recorder.inputs, expected, timesteps, images, latents)
 
@@ -126,14 +140,24 @@ def _job(architecture: Architecture, plan: SamplingPlan, images: CalibrationImag
     return generation_job(plan, architecture, images.conditioning, images.seeds, noise)
 
 
-def outputs(graph: Path, calls: Sequence[Call], threads: int | None = None, optimised: bool = True) -> list[Floats]:
-    """First output of each call.
+def outputs(
+    graphs: Mapping[str, Path], kind: str, calls: Sequence[Call], threads: int | None = None, optimised: bool = True
+) -> list[Floats]:
+    """First output of each call of one of :data:`OUTPUTS`.
 
     Args:
         optimised: False leaves ONNX Runtime's graph optimisations out, without which it has no E4M3 products.
     """
-    backend = OnnxRuntimeBackend({"graph": graph}, threads, optimised=optimised)
-    return [backend.run("graph", call)[0] for call in calls]
+    used = {name: graphs[name] for name, output in OUTPUTS.items() if output == kind}
+    backend = OnnxRuntimeBackend(used, threads, optimised=optimised)
+    found = []
+    for call in calls:
+        given = dict(call)
+        if "modulation" in used:
+            (made,) = backend.run("modulation", {name: given.pop(name) for name in ("z", "row", "timestep")})
+            given["modulation"] = made.reshape(-1, len(given["x"]), made.shape[1])
+        found.append(backend.run(kind, given)[0])
+    return found
 
 
 def relative_error(found: Sequence[Floats], expected: Sequence[Floats]) -> float:

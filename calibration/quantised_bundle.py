@@ -210,7 +210,7 @@ def _taken(source: Bundle, kind: str, partial: Path, folder: str = "") -> GraphF
 
 def _measured(bench: Bench, kept: Kept, written: Mapping[str, Path], float32: Mapping[str, Path]) -> dict[str, Any]:
     """Errors against the float32 graphs, sizes and shares of one flavour's graphs."""
-    probes, found = bench.probes, {kind: bench.outputs_of(kind, written[kind]) for kind in QUANTISED_KINDS}
+    probes, found = bench.probes, {kind: bench.outputs_of(kind, written) for kind in bench.probes.expected}
     share, sizes = {}, {}
     for kind, layers in bench.layers.items():
         done = sum(layer.multiplications for layer in layers if layer.name not in kept.layers)

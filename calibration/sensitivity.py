@@ -22,7 +22,7 @@ from ..runtime.models.graphs import IMAGE_TOLERANCES
 from ..runtime.sampling.chains import Floats
 from ..runtime.sampling.plan import SamplingPlan
 from .layers import DEFAULT_KEEP, QUANTISED_KINDS, quantisable, read_graph
-from .probes import Probes, image_errors, outputs
+from .probes import OUTPUTS, Probes, image_errors, outputs
 from .quantize import quantise_graph
 from .ranges import Range
 
@@ -90,9 +90,10 @@ class Bench:
         """Of all layers, in the order they run."""
         return [layer.name for layers in self.layers.values() for layer in layers]
 
-    def outputs_of(self, kind: str, graph: Path) -> list[Floats]:
-        """First outputs of a quantised graph on the recorded calls, in the flavour's own arithmetic."""
-        return outputs(graph, self.probes.inputs[kind], self.threads, optimised=self.flavour == "cpu")
+    def outputs_of(self, kind: str, graphs: Mapping[str, Path]) -> list[Floats]:
+        """What these graphs in place of their originals make of the recorded calls, in the flavour's own arithmetic."""
+        calls = self.probes.inputs[kind]
+        return outputs({**self.graphs, **graphs}, kind, calls, self.threads, optimised=self.flavour == "cpu")
 
     def image_errors_of(self, graphs: Mapping[str, Path]) -> NDArray[np.float64]:
         """Relative error of each whole image with these graphs in place of their originals."""
@@ -101,11 +102,11 @@ class Bench:
         return image_errors(self.architecture, backend, self.plan, self.probes)
 
     def graph_error(self, kind: str, only: Sequence[str]) -> float:
-        """Relative error of one graph's output with ``only`` these layers quantised."""
+        """Relative error of z or of eps with ``only`` these layers of a graph quantised."""
         with tempfile.TemporaryDirectory(prefix="gtr-sensitivity-") as scratch:
             target = Path(scratch) / f"{kind}.onnx"
             quantise_graph(self.graphs[kind], target, self.ranges, self.flavour, only)
-            return self.probes.error(kind, self.outputs_of(kind, target))
+            return self.probes.error(OUTPUTS[kind], self.outputs_of(OUTPUTS[kind], {kind: target}))
 
     def image_error(self, only: Sequence[str]) -> float:
         """Median relative error of whole images with ``only`` these layers quantised."""

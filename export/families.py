@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..runtime.models.architecture import Architecture
 from .graphs.backbone import Backbone
-from .graphs.diffusion_head import DiffusionHead, DiffusionStep
+from .graphs.diffusion_head import DiffusionHead, DiffusionStep, Modulation
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class NetworkModule:
 
     Attributes:
         build: architecture to the module; its state dict is the checkpoint's, without the prefix.
-        prefix: of its keys in the checkpoint; the network without one has all keys that no other claims.
+        prefix: of its keys in the checkpoint.
         graph: the module to the one that is exported.
     """
 
@@ -37,18 +37,11 @@ class ExportFamily:
 
     networks: Mapping[str, NetworkModule]
 
-    def part(self, kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One network's weights, by its module's own names."""
-        prefix = self.networks[kind].prefix
-        if prefix:
-            return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
-        others = tuple(row.prefix for row in self.networks.values() if row.prefix)
-        return {key: value for key, value in weights.items() if not key.startswith(others)}
-
 
 MAR = ExportFamily(
     {
         "backbone": NetworkModule(Backbone),
+        "modulation": NetworkModule(Modulation, "diffloss.net."),
         "diffusion_step": NetworkModule(DiffusionHead, "diffloss.net.", DiffusionStep),
     }
 )

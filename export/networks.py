@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class Networks:
-    """The four modules of one model, one per graph."""
+    """The modules of one model, one per graph."""
 
     backbone: nn.Module
+    modulation: nn.Module
     diffusion_step: nn.Module
     detail_score: nn.Module
     decoder: nn.Module
@@ -45,7 +46,7 @@ def build_graph_module(
     family = export_family(architecture)
     if kind in family.networks:
         row = family.networks[kind]
-        module = row.graph(_loaded(lambda: row.build(architecture), family.part(kind, weights)))
+        module = row.graph(_loaded(lambda: row.build(architecture), weights, row.prefix))
     elif kind == "detail_score":
         module = DetailScore(architecture)
     elif kind in ROW_MODULES:
@@ -56,17 +57,19 @@ def build_graph_module(
     return module.eval().requires_grad_(False)
 
 
-def _loaded(build, weights: Mapping[str, Tensor]):
-    """Builds without allocating random weights, then takes the given tensors as they are (float32)."""
+def _loaded(build, weights: Mapping[str, Tensor], prefix: str = ""):
+    """Builds without allocating random weights, then takes its own tensors as they are (float32)."""
     with torch.device("meta"):
         module = build()
-    module.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True, strict=True)
+    module.load_state_dict(
+        {key: weights[prefix + key].float() for key in module.state_dict()}, assign=True, strict=True
+    )
     return module
 
 
 def build_networks(
     architecture: Architecture, weights: Mapping[str, Tensor], vae: Mapping[str, Tensor], precision: str = "fp32"
 ) -> Networks:
-    """All four modules."""
-    kinds = ("backbone", "diffusion_step", "detail_score", "decoder")
+    """All modules."""
+    kinds = (field.name for field in fields(Networks))
     return Networks(*(build_graph_module(kind, architecture, weights, vae, precision) for kind in kinds))

@@ -39,7 +39,7 @@ FLOAT32_PARTS = ("layernorm", "groupnorm", "softmax", "residual", "latent_projec
 """What stays float32 in a half-precision bundle; export/graphs/layers.py makes it so."""
 
 STAGE_VERSIONS = {
-    "backbone": 2, "diffusion_step": 2, "detail_score": 2, "decoder": 2,
+    "backbone": 2, "modulation": 1, "diffusion_step": 3, "detail_score": 2, "decoder": 2,
     "select_rows": 2, "gather_rows": 2, "merge_rows": 2,
 }  # fmt: skip
 """Raise a graph's number when what is exported computes something else, or the same in another way that people should
@@ -47,7 +47,7 @@ get: a change in export/graphs, in export/networks.py, or in the parts of runtim
 graph is then exported again in every bundle. Names, axes, model sizes and weights are part of a stage's key anyway."""
 
 #: Which weights a graph holds; the others have none.
-_WEIGHTS_OF = {"backbone": "checkpoint", "diffusion_step": "checkpoint", "decoder": "vae"}
+_WEIGHTS_OF = {"backbone": "checkpoint", "modulation": "checkpoint", "diffusion_step": "checkpoint", "decoder": "vae"}
 
 
 def build_float(request: BuildRequest, reporter: Reporter) -> BuildResult:

@@ -20,11 +20,11 @@ from ...runtime.bundle.graph_file import check_graph
 from ...runtime.bundle.manifest import data_file
 from ...runtime.errors import BundleError, GtrError
 from ...runtime.models.graphs import OPSETS, GraphSpec, TensorSpec
-from .diffusion_head import TimestepEmbedder
+from .diffusion_head import Modulation, TimestepEmbedder
 from .layers import transpose_for_export
 
 #: Example sizes to trace with: all different and at least 2, so that no axis is specialised or taken for another.
-TRACE_SIZES = {"G": 2, "B": 3, "V": 7, "P": 5, "R": 11, "N": 13, "K": 4, "S": 6, "M": 9}
+TRACE_SIZES = {"G": 2, "B": 3, "V": 7, "P": 5, "R": 11, "N": 13, "K": 4, "S": 6, "M": 9, "Q": 8, "T": 10}
 
 EXTERNAL_DATA_BYTES = 64 * 2**20
 """Weights above this size go into one ``.data`` file beside the graph."""
@@ -43,14 +43,16 @@ def example_inputs(spec: GraphSpec) -> tuple[torch.Tensor, ...]:
 def export_graph(module: nn.Module, spec: GraphSpec, precision: str, path: Path) -> None:
     """Writes ``path`` (and ``path``.data when the weights are large).
 
-    The module is rewritten in place (weights transposed, timesteps tabulated): use it for nothing else afterwards.
+    The module is rewritten in place (weights joined and transposed, timesteps tabulated): use it for nothing else.
 
     Raises:
         GtrError: the exporter failed, or the graph's inputs, outputs or axes are not those of the contract.
     """
-    for part in module.modules():
+    for part in list(module.modules()):
         if isinstance(part, TimestepEmbedder):
             part.tabulate_for_export()
+        elif isinstance(part, Modulation):
+            part.fuse_for_export()
     transpose_for_export(module)
     axes = {name: torch.export.Dim.DYNAMIC for name in spec.symbols}
     dynamic = tuple({i: axes[a] for i, a in enumerate(t.axes) if isinstance(a, str)} for t in spec.inputs)

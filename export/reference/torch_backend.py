@@ -21,7 +21,7 @@ from ...runtime.commands.console import Reporter
 from ...runtime.errors import BackendError, GtrError
 from ...runtime.models.conditioning import Arrays
 from ...runtime.models.graphs import QUANTISED
-from ...runtime.sampling.chains import DiffusionChain, Floats, Integers
+from ...runtime.sampling.chains import DiffusionChain, Floats, Integers, modulation_parts, modulation_rows
 from ...runtime.sampling.loop import BackboneOutput
 from ..build.sources import weights_of_bundle
 from ..graphs.layers import Linear
@@ -55,7 +55,7 @@ class TorchBackend(HostLoopBackend):
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
         self._networks = networks
-        for module in (networks.backbone, networks.diffusion_step, networks.detail_score, networks.decoder):
+        for module in vars(networks).values():
             module.to(self._device)
         self._precision = _precision(networks.diffusion_step)
         self._capture = cuda_graphs and on_cuda
@@ -118,7 +118,7 @@ class TorchBackend(HostLoopBackend):
         key = (z.shape[0], len(chain.rows), *shapes)
         found = self._chains.get(key)
         if found is None:
-            found = _Chain(self._networks.diffusion_step, z, chain, self._device)
+            found = _Chain(self._networks, z, chain, self._device)
             if self._keep:
                 if len(self._chains) >= MAX_CHAINS:
                     self._chains.pop(next(iter(self._chains)))
@@ -129,9 +129,9 @@ class TorchBackend(HostLoopBackend):
 class _Chain:
     """The reverse steps of one shape of chain, over buffers that stay where they are. x [N, C] holds the result."""
 
-    def __init__(self, step: nn.Module, z: BackboneOutput, chain: DiffusionChain, device: torch.device) -> None:
+    def __init__(self, networks: Networks, z: BackboneOutput, chain: DiffusionChain, device: torch.device) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._step = step
+        self._networks = networks
 
         def like(array: NDArray) -> Tensor:
             return torch.zeros(array.shape, dtype=_host(array).dtype, device=device)
@@ -139,8 +139,9 @@ class _Chain:
         self.x, self._guidance, self._rows = like(chain.x), like(chain.guidance), like(chain.rows)
         branches, _, _, width = z.shape
         self._z = torch.zeros((branches, len(chain.rows), width), device=device)
-        self._segments = [
-            (like(segment.timesteps), like(segment.coefficients), like(segment.noise)) for segment in chain.segments
+        self._segments: list[tuple[Tensor, ...]] = [
+            tuple(map(like, (*modulation_rows(segment.timesteps, branches), segment.coefficients, segment.noise)))
+            for segment in chain.segments
         ]
 
     def load(self, z: BackboneOutput, chain: DiffusionChain) -> None:
@@ -151,16 +152,21 @@ class _Chain:
         self._upload(self.x, chain.x)
         self._upload(self._guidance, chain.guidance)
         for buffers, segment in zip(self._segments, chain.segments, strict=True):
-            for buffer, array in zip(buffers, (segment.timesteps, segment.coefficients, segment.noise), strict=True):
+            rows = modulation_rows(segment.timesteps, branches)
+            for buffer, array in zip(buffers, (*rows, segment.coefficients, segment.noise), strict=True):
                 self._upload(buffer, array)
 
     def run(self, limit: int | None = None) -> None:
         """All steps, or at most ``limit`` of each segment; nothing here depends on values, only on shapes."""
-        for timesteps, coefficients, noise in self._segments:
+        modulate, denoise = self._networks.modulation, self._networks.diffusion_step
+        for row, timestep, coefficients, noise in self._segments:
             n = noise.shape[1]
-            x, z, guidance = self.x[:n], self._z[:, :n], self._guidance[:n]
-            for index in range(len(noise) if limit is None else min(limit, len(noise))):
-                x.copy_(self._step(x, z, timesteps[index], coefficients[index], guidance, noise[index]))
+            x, z, guidance = self.x[:n], self._z[:, :n].flatten(0, 1), self._guidance[:n]
+            for start, stop in modulation_parts(len(noise) if limit is None else min(limit, len(noise)), len(z)):
+                part = slice(start * len(z), stop * len(z))
+                made = modulate(z, row[part], timestep[part]).unflatten(0, (stop - start, -1, n))
+                for index in range(start, stop):
+                    x.copy_(denoise(x, made[index - start], coefficients[index], guidance, noise[index]))
 
     def capture(self, pool) -> None:
         """Makes ``run`` one CUDA graph. What it leaves in x is not a result."""

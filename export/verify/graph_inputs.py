@@ -28,9 +28,10 @@ def graph_inputs(
     order = np.stack([rng.permutation(architecture.tokens) for _ in range(sizes.get("B", 1))])
     known, predicted = sizes.get("V", 0), sizes.get("P", 0)
     process = reverse_process(25, 950)
-    steps = rng.integers(0, process.steps, sizes.get("N", 1))
+    steps = rng.integers(0, process.steps, sizes.get("T", sizes.get("N", 1)))
     batch, rows, longer, common = (sizes.get(letter, 1) for letter in "BNMS")
     special = {
+        "row": np.arange(sizes.get("T", 1)) % sizes.get("Q", 1),
         "positions": order[:, :predicted],
         "row_index": np.arange(batch * predicted).reshape(batch, predicted) if "K" in spec.symbols else np.arange(rows),
         "ranks": np.stack([rng.permutation(max(predicted, 1))[: sizes.get("K", 1)] for _ in range(batch)]),
@@ -68,7 +69,10 @@ def covered_specs(specs: Mapping[str, GraphSpec], bundle: Bundle, engines: Engin
                 found[kind] += shapes
     result = {}
     for kind, spec in specs.items():
-        shapes = sorted(found[kind], key=lambda sizes: (sizes.get("B", 1) * sizes.get("N", 1), tuple(sizes.values())))
+        shapes = sorted(
+            found[kind],
+            key=lambda sizes: (sizes.get("B", 1) * sizes.get("N", 1) * sizes.get("T", 1), tuple(sizes.values())),
+        )
         if not shapes:  # a row graph that no covered plan calls
             least, best, most = (
                 {letter: sizes[i] for letter, sizes in engines.graphs[kind].profiles[0].items()} for i in range(3)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.conditioning import Arrays
-from ..sampling.chains import DiffusionChain, Floats, Integers
+from ..sampling.chains import DiffusionChain, Floats, Integers, modulation_parts, modulation_rows
 from ..sampling.job import GenerationJob, Observer
 from ..sampling.loop import BackboneOutput, check_shape, generate_on_host
 from ..sampling.plan import SamplingPlan
@@ -64,17 +64,23 @@ class HostLoopBackend(ABC):
         branches, batch, predicted, width = z.shape
         sorted_z = z.value.reshape(branches, batch * predicted, width)[:, chain.rows]
         x = chain.x.copy()
-        step = self.run if self.hook else self.run_graph  # a thousand calls an image
+        call = self.run if self.hook else self.run_graph  # a thousand calls an image
         for segment in chain.segments:
             n = segment.rows
-            inputs = {"x": x[:n], "z": np.ascontiguousarray(sorted_z[:, :n]), "guidance": chain.guidance[:n]}
-            for index in range(len(segment.timesteps)):
-                inputs["timestep"] = segment.timesteps[index]
-                inputs["coefficients"] = segment.coefficients[index]
-                inputs["noise"] = segment.noise[index]
-                x_next = step("diffusion_step", inputs)[0]
-                check_shape("diffusion_step", x_next.shape, inputs["x"].shape)
-                inputs["x"] = x_next
+            own = np.ascontiguousarray(sorted_z[:, :n]).reshape(branches * n, width)
+            inputs = {"x": x[:n], "guidance": chain.guidance[:n]}
+            for start, stop in modulation_parts(len(segment.timesteps), branches * n):
+                row, timestep = modulation_rows(segment.timesteps[start:stop], branches)
+                made = call("modulation", {"z": own, "row": row, "timestep": timestep})[0]
+                check_shape("modulation", made.shape, (len(row), made.shape[-1]))
+                modulation = made.reshape(stop - start, branches, n, -1)
+                for index in range(start, stop):
+                    inputs["modulation"] = modulation[index - start]
+                    inputs["coefficients"] = segment.coefficients[index]
+                    inputs["noise"] = segment.noise[index]
+                    x_next = call("diffusion_step", inputs)[0]
+                    check_shape("diffusion_step", x_next.shape, inputs["x"].shape)
+                    inputs["x"] = x_next
             x[:n] = inputs["x"]
         return x
 

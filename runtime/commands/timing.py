@@ -16,7 +16,13 @@ from ..errors import UsageError
 from ..pipeline import Pipeline
 from ..sampling.plan import SamplingPlan
 
-_PART_OF = {"backbone": "backbone", "detail_score": "backbone", "diffusion_step": "head", "decoder": "decoder"}
+_PART_OF = {
+    "backbone": "backbone",
+    "detail_score": "backbone",
+    "modulation": "head",
+    "diffusion_step": "head",
+    "decoder": "decoder",
+}
 PARTS = ("backbone", "head", "decoder", "host")
 
 

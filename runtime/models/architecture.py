@@ -92,6 +92,11 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return self.grid[0] * self.grid[1]
 
     @property
+    def modulation(self) -> int:
+        """(3 depth + 2) W, what the diffusion head adds to and multiplies with x in one reverse step of one row."""
+        return (3 * self.head_depth + 2) * self.head_width
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of a decoded image."""
         side = self.decoder.stride * self.decoder.patch

@@ -5,7 +5,7 @@ model, and a letter where it is symbolic:
 
     B images, G guidance branches (2 with guidance, else 1), V known tokens, P tokens to predict, R other unknown
     tokens, N rows of the diffusion head, K tokens per image with the longer chain, M = B K of them in all, S reverse
-    steps. V and R may be 0, all others are at least 1.
+    steps, Q = G N condition vectors, T = S Q rows of modulation. V and R may be 0, all others are at least 1.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def contract_difference(found: Contract, expected: Contract) -> str | None:
     return None
 
 
-NETWORKS = ("backbone", "diffusion_step", "detail_score", "decoder")
+NETWORKS = ("backbone", "modulation", "diffusion_step", "detail_score", "decoder")
 """What every backend runs."""
 
 ROW_GRAPHS = ("select_rows", "gather_rows", "merge_rows")
@@ -152,12 +152,21 @@ def masked_generator_specs(
         usual={"G": 2, "B": 2, "V": known, "P": some, "R": total - known - some},
         largest={"G": 2, "B": max_batch, "V": total // 2, "P": total - total // 2, "R": 0},
     )
+    modulation = GraphSpec(
+        "modulation",
+        (_real("z", "Q", width), _index("row", "T"), _index("timestep", "T")),
+        (_real("modulation", "T", architecture.modulation),),
+        tolerances={"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.04, "fp8": 0.08},
+        against_fp32={"fp32": 1e-5, "fp16": 1e-2, "bf16": 8e-2, "int8": 0.04, "fp8": 0.08},
+        smallest={"Q": 1, "T": 1},
+        usual={"Q": 4, "T": 4 * 10},
+        largest={"Q": 2 * rows, "T": 2 * rows},
+    )
     step = GraphSpec(
         "diffusion_step",
         (
             _real("x", "N", channels),
-            _real("z", "G", "N", width),
-            _index("timestep", "N"),
+            _real("modulation", "G", "N", architecture.modulation),
             _real("coefficients", "N", len(COEFFICIENTS)),
             _real("guidance", "N"),
             _real("noise", "N", channels),
@@ -190,7 +199,9 @@ def masked_generator_specs(
         usual={"B": 1},
         largest={"B": max_batch},
     )
-    return {spec.kind: spec for spec in (backbone, step, detail, decoder, *_row_graphs(architecture, max_batch))}
+    return {
+        spec.kind: spec for spec in (backbone, modulation, step, detail, decoder, *_row_graphs(architecture, max_batch))
+    }
 
 
 def _row_graphs(architecture: Architecture, max_batch: int) -> tuple[GraphSpec, GraphSpec, GraphSpec]:

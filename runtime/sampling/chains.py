@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ Integers = NDArray[np.int64]
 CACHED_ROWS = 256
 """Tables of chains up to this many rows are kept: there they would cost as much as a small head's own work. At most
 some 25 MB."""
+
+MODULATION_ROWS = 256
+"""Rows whose modulation is made at once, where one reverse step does not have more: with fewer, the head's weights are
+read again sooner; more gain nothing and cost (3 depth + 2) W numbers each, 82 KB for mar-b. Measured, see
+docs/performance.md. [ours]"""
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,21 @@ def diffusion_chain(
     ]
     guidance = np.full(len(rows), step.guidance, dtype=np.float32)
     return DiffusionChain(rows, np.concatenate([draw[:, 0] for draw in draws]), guidance, tuple(segments))
+
+
+def modulation_parts(steps: int, rows: int) -> list[tuple[int, int]]:
+    """(start, stop) of consecutive reverse steps that have their modulation made together; as equal as can be, so that
+    there are two sizes at most. ``rows`` is G N, the condition vectors of one reverse step."""
+    count = -(-steps // max(1, MODULATION_ROWS // rows))
+    edges = [steps * index // count for index in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def modulation_rows(timesteps: Integers, branches: int) -> tuple[Integers, Integers]:
+    """``row`` and ``timestep`` [S G n] of the modulation graph for timesteps [S, n]: reverse step, branch, token."""
+    steps, rows = timesteps.shape
+    row = np.tile(np.arange(branches * rows), steps)
+    return row, np.repeat(timesteps[:, None], branches, axis=1).reshape(-1)
 
 
 def _row_tables(

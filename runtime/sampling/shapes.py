@@ -6,9 +6,10 @@ library.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from .chains import chain_shape
+from .chains import MODULATION_ROWS, chain_shape, modulation_parts
 from .plan import ARStep, PlanSettings, SamplingPlan
 from .selection import SCORED_RULES
 
@@ -27,6 +28,13 @@ def step_shapes(step: ARStep, settings: PlanSettings, batch: int) -> list[tuple[
     guided = {"G": step.branches}
     rows = batch * step.predicted
     split = chain_shape(step)
+
+    def chain(rows: int, steps: int) -> list[tuple[str, Sizes, int]]:
+        vectors = step.branches * rows
+        made = Counter(vectors * (stop - start) for start, stop in modulation_parts(steps, vectors))
+        sizes = [("modulation", {"Q": vectors, "T": size}, count) for size, count in sorted(made.items())]
+        return [*sizes, ("diffusion_step", {**guided, "N": rows}, steps)]
+
     shapes: list[tuple[str, Sizes, int]] = [
         ("backbone", {**guided, "B": batch, "V": step.known, "P": step.predicted, "R": step.context}, 1)
     ]
@@ -36,10 +44,9 @@ def step_shapes(step: ARStep, settings: PlanSettings, batch: int) -> list[tuple[
             shapes.append(("select_rows", {"B": batch, "P": step.predicted, "K": split.longer}, 1))
         longer = batch * split.longer
         shapes.append(("gather_rows", {**guided, "N": rows, "S": split.alone, "M": longer}, 1))
-        shapes.append(("diffusion_step", {**guided, "N": longer}, split.alone))
+        shapes += chain(longer, split.alone)
         shapes.append(("merge_rows", {"N": rows, "M": longer, "S": split.common}, 1))
-    shapes.append(("diffusion_step", {**guided, "N": rows}, split.common))
-    return shapes
+    return shapes + chain(rows, split.common)
 
 
 def call_shapes(plan: SamplingPlan, batch: int) -> dict[str, list[Sizes]]:
@@ -64,43 +71,49 @@ def profiles(plans: Iterable[SamplingPlan], max_batch: int) -> dict[str, list[Pr
     result: dict[str, list[Profile]] = {}
     plans = list(plans)
     for smallest, largest in regimes:
-        groups: dict[tuple[str, bool], list[tuple[Sizes, Sizes, int]]] = {}
+        groups: dict[tuple[str, bool], tuple[list[Sizes], list[tuple[Sizes, int]]]] = {}
         for plan in plans:
             last_stage = len(plan.settings.stage_steps) - 1
             for step in plan.steps:
                 reconstructing = step.stage == last_stage > 0
-                low = step_shapes(step, plan.settings, smallest)
-                high = step_shapes(step, plan.settings, largest)
-                for (kind, least, _), (_, most, calls) in zip(low, high, strict=True):
-                    groups.setdefault((kind, reconstructing), []).append((least, most, calls))
+                for kind, sizes, _ in step_shapes(step, plan.settings, smallest):
+                    groups.setdefault((kind, reconstructing), ([], []))[0].append(sizes)
+                for kind, sizes, calls in step_shapes(step, plan.settings, largest):
+                    groups[kind, reconstructing][1].append((sizes, calls))
         for (kind, _), members in sorted(groups.items(), key=lambda item: item[0]):
-            profile = _profile(members)
+            profile = _profile(*members)
             if profile not in result.setdefault(kind, []):
                 result[kind].append(profile)
         result.setdefault("decoder", []).append({"B": (smallest, largest, largest)})
     return result
 
 
-def _profile(members: Sequence[tuple[Sizes, Sizes, int]]) -> Profile:
+def _profile(least: Sequence[Sizes], most: Sequence[tuple[Sizes, int]]) -> Profile:
     """The box around all sizes; its best point is, axis by axis, the median of the work."""
     profile: Profile = {}
-    for letter in members[0][1]:
-        weighted = sorted((most[letter], _work(most) * calls) for _, most, calls in members)
+    for letter in least[0]:
+        weighted = sorted((sizes[letter], _work(sizes) * calls) for sizes, calls in most)
         half = sum(weight for _, weight in weighted) / 2
         best, passed = 0, 0.0
         for best, weight in weighted:  # noqa: B007 - the size where the loop stops is the median
             passed += weight
             if passed >= half:
                 break
-        low = 1 if letter == "G" else min(least[letter] for least, _, _ in members)
-        profile[letter] = (low, best, max(most[letter] for _, most, _ in members))
+        low, high = min(sizes[letter] for sizes in least), weighted[-1][0]
+        if letter == "G":
+            low = 1
+        elif letter == "Q":
+            low = max(1, low // 2)
+        elif letter == "T":  # batches in between may make more or fewer reverse steps at once
+            low, high = profile["Q"][0], max(high, MODULATION_ROWS)
+        profile[letter] = (low, best, high)
     return profile
 
 
 def _work(sizes: Sizes) -> int:
     """Grows with the rows that a call processes."""
     tokens = sum(sizes.get(letter, 0) for letter in "VPR")
-    return sizes.get("B", 1) * sizes.get("N", 1) * max(1, tokens)
+    return sizes.get("B", 1) * sizes.get("N", 1) * sizes.get("T", 1) * max(1, tokens)
 
 
 def covering(candidates: Sequence[Profile], sizes: Mapping[str, int]) -> int | None:

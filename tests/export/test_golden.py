@@ -182,13 +182,12 @@ def test_diffusion_step_graph_against_the_formulas(onnx_backends: dict[str, Onnx
     module = build_graph_module("diffusion_step", case.architecture, weights, {})
     rng = np.random.default_rng(3)
     x, noise = rng.normal(size=(2, 5, 16)).astype(np.float32)
-    z = rng.normal(size=(2, 5, 64)).astype(np.float32)
-    timestep = np.array([0, 250, 500, 750, 950])
+    modulation = rng.normal(size=(2, 5, case.architecture.modulation)).astype(np.float32)
     guidance = np.array([1.0, 2.0, 3.0, 0.0, 4.5], dtype=np.float32)
     coefficients = np.array([[1.5, 0.7, 0.2, 0.75, -3.0, -2.0, 0.9]] * 5, dtype=np.float32)
     coefficients[0, 6] = 0.0
     with torch.no_grad():
-        eps, variance = (t.double().numpy() for t in module.head(*map(torch.from_numpy, (x, z, timestep))))
+        eps, variance = (t.double().numpy() for t in module.head(*map(torch.from_numpy, (x, modulation))))
     guided = eps[1] + guidance[:, None] * (eps[0] - eps[1])
     x0 = 1.5 * x - 0.7 * guided
     fraction = (variance[0] + 1) / 2
@@ -196,8 +195,7 @@ def test_diffusion_step_graph_against_the_formulas(onnx_backends: dict[str, Onnx
     wanted = 0.2 * x0 + 0.75 * x + coefficients[:, 6:].astype(np.float64) * deviation * noise
     inputs = {
         "x": x,
-        "z": z,
-        "timestep": timestep,
+        "modulation": modulation,
         "coefficients": coefficients,
         "guidance": guidance,
         "noise": noise,

@@ -11,7 +11,7 @@ import torch
 from jobs import ARCHITECTURES
 
 from gtr_deploy.export.graphs.backbone import Backbone
-from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
+from gtr_deploy.export.graphs.diffusion_head import DiffusionHead, Modulation
 from gtr_deploy.runtime.models.architecture import Architecture, Decoder
 from gtr_deploy.runtime.models.conditioning import Conditioner
 from gtr_deploy.runtime.models.families import FAMILIES, decode_model, known_models
@@ -50,7 +50,8 @@ def decoded(model: Any, conditioning: Any = NAMES) -> tuple[Architecture, Condit
 )
 def test_parameter_counts_are_the_published_ones(name: str, total: int, encoder: float, head: float) -> None:
     with torch.device("meta"):
-        backbone, diffusion_head = Backbone(ARCHITECTURES[name]), DiffusionHead(ARCHITECTURES[name])
+        backbone = Backbone(ARCHITECTURES[name])
+        diffusion_head = torch.nn.ModuleList([DiffusionHead(ARCHITECTURES[name]), Modulation(ARCHITECTURES[name])])
 
     def count(module: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())

@@ -18,7 +18,7 @@ from golden import load_case, load_weights, relative_error
 from jobs import sample
 from msgspec import structs
 
-from gtr_deploy.calibration.layers import DEFAULT_KEEP, quantisable, read_graph
+from gtr_deploy.calibration.layers import DEFAULT_KEEP, QUANTISED_KINDS, quantisable, read_graph
 from gtr_deploy.calibration.quantize import quantise_graph
 from gtr_deploy.calibration.ranges import Range
 from gtr_deploy.export.graphs.onnx_export import export_graph
@@ -68,9 +68,9 @@ def reference(bundle: Bundle) -> OnnxRuntimeBackend:
 
 @pytest.fixture(scope="module")
 def int8_graphs(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Backbone and diffusion step quantised for CPUs; any ranges do."""
+    """The large graphs quantised for CPUs; any ranges do."""
     folder, graphs = tmp_path_factory.mktemp("int8"), {}
-    for kind in ("backbone", "diffusion_step"):
+    for kind in QUANTISED_KINDS:
         path = networks(bundle)[kind]
         layers = [layer.name for layer in quantisable(read_graph(path))]
         chosen = [name for name in layers if name not in DEFAULT_KEEP]
@@ -102,7 +102,7 @@ class TestGraphs:
             (found,), (wanted,) = backend.run("backbone", inputs), reference.run("backbone", inputs)
             assert relative_error(found, wanted) <= spec.tolerances["fp32"]
 
-    @pytest.mark.parametrize("kind", ["backbone", "diffusion_step"])
+    @pytest.mark.parametrize("kind", QUANTISED_KINDS)
     def test_int8(self, bundle: Bundle, int8_graphs: dict[str, Path], kind: str) -> None:
         paths = {kind: int8_graphs[kind]}
         spec = graph_specs(bundle.architecture)[kind]
@@ -171,7 +171,7 @@ class TestImages:
         """A generation recorded from the original MAR code; tests/export/test_golden.py has more of them."""
         case = load_case("mar_tiny_cfg_linear")
         paths: dict[str, Path] = {}
-        for kind in ("backbone", "diffusion_step"):
+        for kind in QUANTISED_KINDS:
             paths[kind] = tmp_path / f"{kind}.onnx"
             module = build_graph_module(kind, case.architecture, load_weights(case.weight_set), {})
             export_graph(module, graph_specs(case.architecture)[kind], "fp32", paths[kind])
@@ -240,7 +240,7 @@ class TestOpening:
             ({"x": np.zeros((4, 16))}, "with precision: f64, since the model input tensor precision is: f32"),
             ({"x": np.zeros((4, 9), np.float32)}, r"\[\?,16\]\) and the tensor \(shape=\(4.9\)\) are incompatible"),
             ({"x": np.zeros((3, 16), np.float32)}, "mismatch"),
-            ({"timestep": np.zeros(4, np.int32)}, "precision: i32"),
+            ({"guidance": np.zeros(4, np.int32)}, "precision: i32"),
             ({"temperature": np.zeros(4, np.float32)}, "no input temperature"),
         ],
     )

@@ -19,7 +19,7 @@ from msgspec import structs
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtr_deploy.export.graphs.backbone import Backbone
-from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
+from gtr_deploy.export.graphs.diffusion_head import DiffusionHead, Modulation
 from gtr_deploy.runtime.errors import PlanError
 from gtr_deploy.runtime.models.architecture import Architecture
 from gtr_deploy.runtime.models.flops import head_flops
@@ -220,7 +220,8 @@ def test_flops_equal_torchs_own_count(known: int, predicted: int, context: int, 
     architecture = structs.replace(
         MAR_B, grid=(8, 8), width=48, depth=2, heads=4, buffer=6, head_depth=3, head_width=40, classes=3
     )
-    backbone, head = Backbone(architecture).eval(), DiffusionHead(architecture).eval()
+    backbone = Backbone(architecture).eval()
+    head, modulation = DiffusionHead(architecture).eval(), Modulation(architecture).eval()
     places = torch.arange(64)[None]
     visible, predict, rest = places.split([known, predicted, 64 - known - predicted], dim=1)
     labels = torch.zeros(branches, 1, dtype=torch.int64)
@@ -232,8 +233,12 @@ def test_flops_equal_torchs_own_count(known: int, predicted: int, context: int, 
     whole = backbone_flops(architecture, known, predicted, context, branches)
     assert whole - left_out == counter.get_total_flops()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        head(torch.zeros(5, 16), torch.zeros(branches, 5, 48), torch.zeros(5, dtype=torch.int64))
-    assert 5 * head_flops(architecture, branches) == counter.get_total_flops()
+        rows = torch.arange(branches * 5)
+        made = modulation(torch.zeros(branches * 5, 48), rows, torch.zeros_like(rows))
+        head(torch.zeros(5, 16), made.unflatten(0, (branches, 5)))
+    # The timestep is embedded for every row here, and once for all branches in the original.
+    repeated = 2 * (branches - 1) * 5 * (256 * 40 + 40**2)
+    assert 5 * head_flops(architecture, branches) == counter.get_total_flops() - repeated
 
 
 def test_head_flops_of_a_step_count_refined_and_plain_tokens() -> None:

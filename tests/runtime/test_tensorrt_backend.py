@@ -271,7 +271,7 @@ def test_rtx_kernels_are_compiled_once_and_kept(
         pipeline_of(backend, digits_pipeline).generate([3], plan="gtr-fast")
         backend.close()
         stored = sorted(int(file.read_text().split()[1]) for file in folder.glob("*.cache"))
-        assert len(stored) == 7
+        assert len(stored) == 8
         # One cache per engine, shared by its contexts, of which the backbone has one per AR step.
         assert stored[-1] == runs * len(digits_pipeline.plan("gtr-fast").steps)
     for file in folder.glob("*.cache"):

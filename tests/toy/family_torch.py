@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gtr_deploy.export.families import ExportFamily, NetworkModule
 from gtr_deploy.export.graphs.backbone import Backbone
-from gtr_deploy.export.graphs.diffusion_head import DiffusionHead, DiffusionStep
+from gtr_deploy.export.graphs.diffusion_head import DiffusionHead, DiffusionStep, Modulation
 from gtr_deploy.export.zoo import ModelEntry
 from gtr_deploy.runtime.models.mar import MarArchitecture
 from toy.family import TOY_MODEL, ToyArchitecture
@@ -31,6 +31,7 @@ class UnconditionalBackbone(Backbone):
 TOY_EXPORT = ExportFamily(
     {
         "backbone": NetworkModule(UnconditionalBackbone),
+        "modulation": NetworkModule(Modulation, "diffloss.net."),
         "diffusion_step": NetworkModule(DiffusionHead, "diffloss.net.", DiffusionStep),
     }
 )

@@ -9,12 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...sampling.chains import DiffusionChain, Floats
+from ...sampling.chains import DiffusionChain, Floats, modulation_parts, modulation_rows
 from ...sampling.loop import BackboneOutput
 from ..blocks import packed
 
@@ -80,8 +81,8 @@ class BoundGraphs:
 
     def _denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
         """One upload for all tables of the chain, x in two buffers by turns, one download."""
-        session, channels = self._sessions["diffusion_step"], chain.x.shape[1]
-        steps = [table for s in chain.segments for table in (s.timesteps, s.coefficients, s.noise)]
+        session, channels, branches = self._sessions["diffusion_step"], chain.x.shape[1], z.shape[0]
+        steps = [table for s in chain.segments for table in (s.coefficients, s.noise)]
         (guidance, rows, *blocks), content = packed([chain.guidance[None], chain.rows[None], *steps])
         uploaded = self._put(content)
         base = uploaded.data_ptr()
@@ -90,24 +91,44 @@ class BoundGraphs:
         current = 0
         for segment in chain.segments:
             n = segment.rows
-            timesteps, coefficients, noise, *blocks = blocks
-            own = self._rows_of_z(z, chain, rows.at(base), n, buffers[0].data_ptr(), None)
+            coefficients, noise, *blocks = blocks
+            own = self._rows_of_z(z, chain, rows.at(base), n, buffers[0].data_ptr())
             binding = session.io_binding()
-            self._bind(binding, "z", (z.shape[0], n, z.shape[3]), own.data_ptr())
             self._bind(binding, "guidance", (n,), guidance.at(base))
-            for index in range(len(segment.timesteps)):
-                self._bind(binding, "x", (n, channels), buffers[current].data_ptr())
-                self._bind(binding, "timestep", (n,), timesteps.at(base, index), np.int64)
-                shape = segment.coefficients.shape[1:]
-                self._bind(binding, "coefficients", shape, coefficients.at(base, index))
-                self._bind(binding, "noise", (n, channels), noise.at(base, index))
-                current = 1 - current
-                target = buffers[current].data_ptr()
-                binding.bind_output("x_next", *self._device, np.float32, [n, channels], target)
-                session.run_with_iobinding(binding)
+            for start, stop in modulation_parts(len(segment.timesteps), branches * n):
+                made = self._modulation(own.data_ptr(), z, segment.timesteps[start:stop], None)
+                shape = (branches, n, made.shape()[-1])
+                for index in range(start, stop):
+                    self._bind(binding, "x", (n, channels), buffers[current].data_ptr())
+                    self._bind(binding, "modulation", shape, made.data_ptr() + 4 * prod(shape) * (index - start))
+                    columns = segment.coefficients.shape[1:]
+                    self._bind(binding, "coefficients", columns, coefficients.at(base, index))
+                    self._bind(binding, "noise", (n, channels), noise.at(base, index))
+                    current = 1 - current
+                    target = buffers[current].data_ptr()
+                    binding.bind_output("x_next", *self._device, np.float32, [n, channels], target)
+                    session.run_with_iobinding(binding)
         return np.array(buffers[current].numpy())
 
+    def _modulation(self, z: int, source: BackboneOutput, timesteps: NDArray[np.int64], target: Any) -> Any:
+        """Modulation [S G n, ...] of timesteps [S, n] and the vectors [G n, D] at ``z``, into ``target`` if given."""
+        branches, width = source.shape[0], source.shape[3]
+        row, timestep = modulation_rows(timesteps, branches)
+        binding = self._sessions["modulation"].io_binding()
+        self._bind(binding, "z", (branches * timesteps.shape[1], width), z)
+        binding.bind_cpu_input("row", row)
+        binding.bind_cpu_input("timestep", timestep)
+        if target is None:
+            binding.bind_output("modulation", *self._device)
+        else:
+            shape = [len(row), target.shape()[-1]]
+            binding.bind_output("modulation", *self._device, np.float32, shape, target.data_ptr())
+        binding.synchronize_inputs()
+        self._sessions["modulation"].run_with_iobinding(binding)
+        return binding.get_outputs()[0] if target is None else target
+
     def _denoise_fixed(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:
+        """A captured step has its modulation at one address: it is made there step by step."""
         session, x = self._sessions["diffusion_step"], chain.x.copy()
         rows = self._put(chain.rows)
         unsorted = self._put(chain.x)
@@ -116,9 +137,9 @@ class BoundGraphs:
             step = self._fixed_step(z, n, chain.x.shape[1], segment.coefficients.shape[2])
             step.x[0].update_inplace(x[:n])
             step.guidance.update_inplace(chain.guidance[:n])
-            self._rows_of_z(z, chain, rows.data_ptr(), n, unsorted.data_ptr(), step.z)
+            own = self._rows_of_z(z, chain, rows.data_ptr(), n, unsorted.data_ptr())
             for index in range(len(segment.timesteps)):
-                step.timestep.update_inplace(segment.timesteps[index])
+                self._modulation(own.data_ptr(), z, segment.timesteps[index : index + 1], step.modulation)
                 step.coefficients.update_inplace(segment.coefficients[index])
                 step.noise.update_inplace(segment.noise[index])
                 session.run_with_iobinding(step.bindings[index % 2], step.options[index % 2])
@@ -128,11 +149,11 @@ class BoundGraphs:
     def _fixed_step(self, z: BackboneOutput, n: int, channels: int, table: int) -> _FixedStep:
         key = z.shape[0], n
         if key not in self._shapes:
-            branches, width, full = z.shape[0], z.shape[3], len(self._shapes) >= MAX_FIXED_SHAPES
+            branches, full = z.shape[0], len(self._shapes) >= MAX_FIXED_SHAPES
+            _, _, width = next(i for i in self._sessions["diffusion_step"].get_inputs() if i.name == "modulation").shape
             x = (self._empty((n, channels)), self._empty((n, channels)))
             inputs = {
-                "z": self._empty((branches, n, width)),
-                "timestep": self._empty((n,), np.int64),
+                "modulation": self._empty((branches, n, width)),
                 "coefficients": self._empty((n, table)),
                 "guidance": self._empty((n,)),
                 "noise": self._empty((n, channels)),
@@ -154,8 +175,8 @@ class BoundGraphs:
             self._shapes[key] = step
         return self._shapes[key]
 
-    def _rows_of_z(self, z: BackboneOutput, chain: DiffusionChain, rows: int, n: int, x: int, target: Any) -> Any:
-        """z [G, n, D] of the chain's first n rows, into ``target`` if given; the rest is not needed."""
+    def _rows_of_z(self, z: BackboneOutput, chain: DiffusionChain, rows: int, n: int, x: int) -> Any:
+        """z [G, n, D] of the chain's first n rows; the rest is not needed."""
         session = self._sessions["gather_rows"]
         branches, batch, predicted, width = z.shape
         total, channels = chain.x.shape
@@ -164,14 +185,10 @@ class BoundGraphs:
         self._bind(binding, "x", (total, channels), x)
         self._bind(binding, "noise", (1, total, channels), x)
         self._bind(binding, "rows", (n,), rows, np.int64)
-        if target is None:
-            binding.bind_output("z_rows", *self._device)
-        else:
-            binding.bind_ortvalue_output("z_rows", target)
-        for name in ("x_rows", "noise_rows"):
+        for name in ("z_rows", "x_rows", "noise_rows"):
             binding.bind_output(name, *self._device)
         session.run_with_iobinding(binding)
-        return binding.get_outputs()[0] if target is None else target
+        return binding.get_outputs()[0]
 
     def _bind(self, binding: Any, name: str, shape: Sequence[int], address: int, dtype: Any = np.float32) -> None:
         binding.bind_input(name, *self._device, dtype, list(shape), address)
@@ -188,8 +205,7 @@ class _FixedStep:
     """Buffers of one shape of the diffusion step, with a binding and a graph for each direction between the two x."""
 
     x: tuple[Any, Any]
-    z: Any
-    timestep: Any
+    modulation: Any
     coefficients: Any
     guidance: Any
     noise: Any

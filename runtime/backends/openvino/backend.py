@@ -21,7 +21,7 @@ from ...bundle.graph_file import GraphFile
 from ...errors import BackendError
 from ...machine.examine import INSTALL
 from ...machine.openvino import cpu_capabilities, import_openvino
-from ...sampling.chains import DiffusionChain, Floats
+from ...sampling.chains import DiffusionChain, Floats, modulation_parts, modulation_rows
 from ...sampling.loop import BackboneOutput, check_shape
 from ..host_loop import HostLoopBackend
 from ..protocol import hooked
@@ -110,26 +110,33 @@ class OpenVinoBackend(HostLoopBackend):
         branches, batch, predicted, width = z.shape
         sorted_z = z.value.reshape(branches, batch * predicted, width)[:, chain.rows]
         x = chain.x.copy()
-        with self._program("diffusion_step") as step:
+        with self._program("modulation") as conditions, self._program("diffusion_step") as step:
             for segment in chain.segments:
                 n = segment.rows
                 # Bound once: each reverse step writes its own values into the same memory.
                 bound = {
-                    "z": step.bind("z", sorted_z[:, :n]),
                     "guidance": step.bind("guidance", chain.guidance[:n]),
                     "x": step.bind("x", x[:n].copy()),
-                    "timestep": step.bind("timestep", segment.timesteps[0].copy()),
                     "coefficients": step.bind("coefficients", segment.coefficients[0].copy()),
                     "noise": step.bind("noise", segment.noise[0].copy()),
                 }
-                for index in range(len(segment.timesteps)):
-                    bound["timestep"][...] = segment.timesteps[index]
-                    bound["coefficients"][...] = segment.coefficients[index]
-                    bound["noise"][...] = segment.noise[index]
-                    x_next = hooked(self.hook, "diffusion_step", bound, step.infer)[0]
-                    check_shape("diffusion_step", x_next.shape, bound["x"].shape)
-                    bound["x"][...] = x_next
-                    self.calling = "diffusion_step", time.monotonic()
+                own = conditions.bind("z", np.ascontiguousarray(sorted_z[:, :n]).reshape(branches * n, width))
+                for start, stop in modulation_parts(len(segment.timesteps), branches * n):
+                    row, timestep = modulation_rows(segment.timesteps[start:stop], branches)
+                    row, timestep = conditions.bind("row", row), conditions.bind("timestep", timestep)
+                    given = {"z": own, "row": row, "timestep": timestep}
+                    self.calling = "modulation", time.monotonic()
+                    made = hooked(self.hook, "modulation", given, conditions.infer)[0]
+                    check_shape("modulation", made.shape, (len(row), made.shape[-1]))
+                    modulation = made.reshape(stop - start, branches, n, -1)
+                    for index in range(start, stop):
+                        bound["modulation"] = step.bind("modulation", modulation[index - start])
+                        bound["coefficients"][...] = segment.coefficients[index]
+                        bound["noise"][...] = segment.noise[index]
+                        self.calling = "diffusion_step", time.monotonic()
+                        x_next = hooked(self.hook, "diffusion_step", bound, step.infer)[0]
+                        check_shape("diffusion_step", x_next.shape, bound["x"].shape)
+                        bound["x"][...] = x_next
                 x[:n] = bound["x"]
         return x
 

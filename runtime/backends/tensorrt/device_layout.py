@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from ...models.architecture import Architecture
 from ...models.families import family_of
 from ...models.graphs import COEFFICIENTS
-from ...sampling.chains import ChainShape, Floats, Integers, chain_shape, chain_tables
+from ...sampling.chains import ChainShape, Floats, Integers, chain_shape, chain_tables, modulation_parts
 from ...sampling.job import GenerationJob
 from ...sampling.plan import ARStep, SamplingPlan
 from ...sampling.selection import SCORED_RULES, select
-from ..blocks import Area, Block
+from ...sampling.shapes import step_shapes
+from ..blocks import ALIGNMENT, Area, Block, padded
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,16 @@ class DeviceLayout:
             views["guidance"][...] = step.guidance
             chains = chain_tables(split, settings.max_timestep, settings.temperature)
             part, process = ("_alone", chains.alone) if split.longer else ("", chains.short)
-            views[f"timestep{part}"][...] = process.timesteps[:, None]  # the same for every row
+            rows = views[f"coefficients{part}"].shape[1]
+            for view, (start, stop) in zip(
+                views[f"timestep{part}"], modulation_parts(process.steps, step.branches * rows), strict=True
+            ):
+                timesteps = np.repeat(process.timesteps[start:stop], step.branches * rows)  # the same for every row
+                view[: len(timesteps)] = timesteps
             views[f"coefficients{part}"][...] = process.coefficients[:, None]
+            for name in views.keys() & {"row", "row_alone"}:
+                vectors = step.branches * self.batch * (split.longer if name == "row_alone" else step.predicted)
+                views[name][...] = np.arange(len(views[name])) % vectors
             if not split.longer:
                 continue
             for side, process in ("long", chains.long), ("short", chains.short):
@@ -134,6 +143,12 @@ def device_layout(plan: SamplingPlan, architecture: Architecture, batch: int) ->
         "x_even": work.block(np.float32, most_rows, channels),
         "x_odd": work.block(np.float32, most_rows, channels),
     }
+    calls = [sizes for step in plan.steps for sizes in step_shapes(step, plan.settings, batch)]
+    most_made = max(sizes["T"] for kind, sizes, _ in calls if kind == "modulation")
+    blocks["modulation"] = work.block(np.float32, most_made, architecture.modulation)
+    if architecture.modulation * 4 % ALIGNMENT:
+        # A reverse step's part has at least one row, so that no part is more than twice as long with its padding.
+        blocks["padded_modulation"] = work.block(np.uint8, most_made, padded(architecture.modulation * 4))
     split = [layout for layout in steps if layout.split.longer]
     if split:
         longer = batch * max(layout.split.longer for layout in split)
@@ -155,7 +170,8 @@ def device_layout(plan: SamplingPlan, architecture: Architecture, batch: int) ->
             blocks[name] = work.block(dtype, *shape)
         # Padded copies of the dense tables, from which single reverse steps are taken.
         blocks["padded_noise"] = work.block(np.float32, max(alone, common), rows, channels, steps=True)
-        blocks["padded_timestep"] = work.block(np.int64, common, rows, steps=True)
+        most = [_parts(layout.split.common, layout.step.branches * batch * layout.step.predicted) for layout in split]
+        blocks["part_timestep"] = work.block(np.int64, *map(max, zip(*most, strict=True)), steps=True)
         blocks["padded_coefficients"] = work.block(np.float32, common, rows, columns, steps=True)
     return DeviceLayout(plan, architecture, batch, conditioning, steps, blocks, inputs.size, tables.size, work.size)
 
@@ -171,10 +187,16 @@ def _step_layout(step: ARStep, plan: SamplingPlan, batch: int, channels: int, in
     }
     fixed = {"guidance": tables.block(np.float32, rows)}
     scored = plan.settings.fts in SCORED_RULES
+
+    def chain(part: str, rows: int, steps: int) -> None:
+        parts, most = _parts(steps, step.branches * rows)
+        fixed[f"row{part}"] = tables.block(np.int64, most)
+        fixed[f"timestep{part}"] = tables.block(np.int64, parts, most, steps=True)
+        fixed[f"coefficients{part}"] = tables.block(np.float32, steps, rows, columns, steps=True)
+
     if not split.longer:
         given["noise"] = inputs.block(np.float32, total, rows, channels, steps=True)
-        fixed["timestep"] = tables.block(np.int64, total, rows, steps=True)
-        fixed["coefficients"] = tables.block(np.float32, total, rows, columns, steps=True)
+        chain("", rows, total)
         return StepLayout(step, split, scored, given, fixed)
     longer = batch * split.longer
     given["noise_alone"] = inputs.block(np.float32, split.alone, rows, channels)
@@ -182,8 +204,8 @@ def _step_layout(step: ARStep, plan: SamplingPlan, batch: int, channels: int, in
         given[f"noise_{side}"] = inputs.block(np.float32, split.common, rows, channels)
         fixed[f"timestep_{side}"] = tables.block(np.int64, split.common)
         fixed[f"coefficients_{side}"] = tables.block(np.float32, split.common, columns)
-    fixed["timestep_alone"] = tables.block(np.int64, split.alone, longer, steps=True)
-    fixed["coefficients_alone"] = tables.block(np.float32, split.alone, longer, columns, steps=True)
+    chain("_alone", longer, split.alone)
+    fixed["row"] = tables.block(np.int64, _parts(split.common, step.branches * rows)[1])
     fixed["row_index"] = tables.block(np.int64, rows)
     fixed["slot_index"] = tables.block(np.int64, longer)
     if scored:
@@ -192,6 +214,12 @@ def _step_layout(step: ARStep, plan: SamplingPlan, batch: int, channels: int, in
     else:
         given["rows"] = inputs.block(np.int64, batch, split.longer)
     return StepLayout(step, split, scored, given, fixed)
+
+
+def _parts(steps: int, vectors: int) -> tuple[int, int]:
+    """How many parts a chain's modulation is made in, and the most rows of one."""
+    parts = modulation_parts(steps, vectors)
+    return len(parts), vectors * max(stop - start for start, stop in parts)
 
 
 def ordered_to_grid(latents: Floats, orders: Integers) -> Floats:

@@ -8,7 +8,7 @@ beforehand is: positions, noise, tables (device_layout.py).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -25,6 +25,7 @@ from ...sampling.plan import SamplingPlan
 from ...sampling.shapes import step_shapes
 from ..blocks import Block
 from .device_layout import StepLayout, device_layout, ordered_to_grid
+from .device_step import StepWork
 from .engine import EngineCall
 
 
@@ -141,7 +142,7 @@ class DeviceProgram:
         try:
             for layout in self.layout.steps:
                 marks.append(("", self._mark()))
-                _StepWork(self, layout).enqueue(lambda part: marks.append((part, self._mark())))
+                StepWork(self, layout).enqueue(lambda part: marks.append((part, self._mark())))
                 if observer is not None:
                     self._show(layout, job.orders, observer)
             ordered = self._downloaded()
@@ -176,7 +177,7 @@ class DeviceProgram:
 
     def _enqueue(self, index: int | None) -> None:
         for layout in self.layout.steps if index is None else (self.layout.steps[index],):
-            _StepWork(self, layout).enqueue()
+            StepWork(self, layout).enqueue()
 
     def _captured(self, index: int | None) -> int:
         """Records :meth:`_enqueue`; 0 if that is not wanted, too early, or fails."""
@@ -227,7 +228,7 @@ class DeviceProgram:
 
     def _downloaded_rows(self, layout: StepLayout) -> Integers:
         assert self._rows is not None
-        source = _StepWork(self, layout).address("rows")
+        source = StepWork(self, layout).address("rows")
         count = self.layout.batch * layout.split.longer
         self._cuda.download(self._rows.address, source, count * 8, self._stream)
         self._cuda.synchronize(self._stream)
@@ -272,105 +273,3 @@ class DeviceProgram:
     def copy_rows(self, destination: int, pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
         """Enqueues a copy with pitches, in bytes."""
         self._cuda.copy_rows(destination, pitch, source, source_pitch, width, rows, self._stream)
-
-
-class _StepWork:
-    """Enqueues one AR step."""
-
-    def __init__(self, program: DeviceProgram, layout: StepLayout) -> None:
-        self._program, self._layout = program, layout
-        self._batch = program.layout.batch
-        self._rows = self._batch * layout.step.predicted
-        self._guided = {"G": layout.step.branches}
-
-    def address(self, name: str, index: int = 0) -> int:
-        """Address of a block, or of one reverse step of it."""
-        block, base = self._program.base_of(self._layout, name)
-        return block.at(base, index)
-
-    def _addresses(self, *names: str, **renamed: str) -> dict[str, int]:
-        return {name: self.address(name) for name in names} | {k: self.address(v) for k, v in renamed.items()}
-
-    def enqueue(self, done: Callable[[str], None] = lambda part: None) -> None:
-        """Queues everything; ``done`` is called after each part, by the kind of its graph."""
-        step, split = self._layout.step, self._layout.split
-        channels = self._program.layout.architecture.token_channels * 4
-        row = self._program.layout.architecture.tokens * channels
-        known, predicted = step.known * channels, step.predicted * channels
-        latents = self.address("latents")
-        self._program.copy_rows(self.address("tokens"), known, latents, row, known, self._batch)
-        self._program.call(
-            "backbone",
-            {**self._guided, "B": self._batch, "V": step.known, "P": step.predicted, "R": step.context},
-            self._addresses("tokens", "visible", "predict", "context", *self._program.layout.conditioning, "z"),
-        )
-        done("backbone")
-        if split.longer:
-            x = self._two_chains()
-        else:
-            tables = ("timestep", "coefficients", "noise")
-            x = self._chain(self.address("x"), "z", self._rows, split.common, tables)
-        self._program.copy_rows(latents + known, row, x, predicted, predicted, self._batch)
-        done("diffusion_step")
-
-    def _chain(self, x: int, z: str, rows: int, steps: int, tables: tuple[str, str, str]) -> int:
-        """Reverse steps between two buffers; the address where the last one wrote."""
-        buffers = [self.address(name) for name in ("x_even", "x_odd")]
-        fixed = self._addresses("guidance", z=z)
-        for index in range(steps):
-            target = buffers[index % 2]
-            timestep, coefficients, noise = (self.address(name, index) for name in tables)
-            varying = {"timestep": timestep, "coefficients": coefficients, "noise": noise}
-            self._program.call(
-                "diffusion_step", {**self._guided, "N": rows}, {**fixed, **varying, "x": x, "x_next": target}
-            )
-            x = target
-        return x
-
-    def _two_chains(self) -> int:
-        """Some rows have more reverse steps: they run alone first, then all together."""
-        step, split = self._layout.step, self._layout.split
-        longer = self._batch * split.longer
-        if self._layout.scored:
-            image = {"B": self._batch, "P": step.predicted}
-            self._program.call("detail_score", image, self._addresses("z", "score", "norm"))
-            key = "norm" if self._program.layout.plan.settings.fts == "norm" else "score"
-            self._program.call(
-                "select_rows",
-                {**image, "K": split.longer},
-                self._addresses("direction", "row_index", "ranks", "rows", key=key, positions="predict"),
-            )
-        self._program.call(
-            "gather_rows",
-            {**self._guided, "N": self._rows, "S": split.alone, "M": longer},
-            self._addresses("z", "x", "rows", "z_rows", "x_rows", "noise_rows", noise="noise_alone"),
-        )
-        self._pad("padded_noise", "noise_rows", longer * self._entry("noise_rows"), split.alone)
-        tables = ("timestep_alone", "coefficients_alone", "padded_noise")
-        made = self._chain(self.address("x_rows"), "z_rows", longer, split.alone, tables)
-        given = ("x", "rows", "row_index", "slot_index")
-        both = [f"{name}_{side}" for name in ("noise", "timestep", "coefficients") for side in ("short", "long")]
-        self._program.call(
-            "merge_rows",
-            {"N": self._rows, "M": longer, "S": split.common},
-            self._addresses(*given, *both, "x_merged", **{n: f"merged_{n}" for n in ("noise", *_TABLES)})
-            | {"x_rows": made},
-        )
-        for name in ("noise", *_TABLES):
-            self._pad(f"padded_{name}", f"merged_{name}", self._rows * self._entry(f"merged_{name}"), split.common)
-        padded = ("padded_timestep", "padded_coefficients", "padded_noise")
-        return self._chain(self.address("x_merged"), "z", self._rows, split.common, padded)
-
-    def _entry(self, name: str) -> int:
-        """Bytes of one row of one reverse step in a work block [S, N, ...]."""
-        block = self._program.layout.work[name]
-        return block.entry_bytes // block.shape[1]
-
-    def _pad(self, destination: str, source: str, width: int, steps: int) -> None:
-        """Dense reverse steps, ``width`` bytes each, to padded ones."""
-        stride = self._program.layout.work[destination].stride
-        assert stride is not None
-        self._program.copy_rows(self.address(destination), stride, self.address(source), width, width, steps)
-
-
-_TABLES = ("timestep", "coefficients")
