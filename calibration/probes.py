@@ -148,7 +148,7 @@ def outputs(
     Args:
         optimised: False leaves ONNX Runtime's graph optimisations out, without which it has no E4M3 products.
     """
-    used = {name: graphs[name] for name, output in OUTPUTS.items() if output == kind}
+    used = {name: path for name, path in graphs.items() if OUTPUTS.get(name, name) == kind}
     backend = OnnxRuntimeBackend(used, threads, optimised=optimised)
     found = []
     for call in calls:

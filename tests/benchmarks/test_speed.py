@@ -122,7 +122,7 @@ def test_profile_tells_graphs_and_host_apart(run: Any, digits_bundle: Path, tmp_
     found = run("profile", digits_bundle, "--plan", "gtr", "--results", results)
     assert found.exit_code == 0, found.stderr
     (record,) = read_records(results)
-    assert set(record["parts"]) == {"backbone", "diffusion_step", "detail_score", "decoder", "host"}
+    assert set(record["parts"]) == {"backbone", "modulation", "diffusion_step", "detail_score", "decoder", "host"}
     assert sum(record["parts"].values()) == pytest.approx(record["seconds"])
     assert all(seconds > 0 for seconds in record["parts"].values())
     assert record["calls"]["backbone"] == 24

@@ -31,7 +31,7 @@ QUIET = Reporter(quiet=True)
 def test_every_layer_is_seen_over_the_whole_trajectory(calibrated: Calibrated) -> None:
     statistics = calibrated.collected.all
     head = [name for name in statistics if name.startswith("head.")]
-    assert (len(statistics) - len(head), len(head)) == (33, 12)  # timesteps are looked up
+    assert (len(statistics) - len(head), len(head)) == (35, 7)  # timesteps are looked up
     assert all(seen.values for seen in statistics.values())
     # Both branches, every row, every reverse step.
     rows = sum(
@@ -39,7 +39,7 @@ def test_every_layer_is_seen_over_the_whole_trajectory(calibrated: Calibrated) -
         - 2 * 10 * step.refined * step.diffusion_steps
         for step in calibrated.plan.steps
     )
-    assert statistics["head.cond_embed"].values == rows * ARCHITECTURE.width
+    assert statistics["adaLN_modulation"].values == rows * ARCHITECTURE.head_width
 
 
 def test_watching_changes_no_image(calibrated: Calibrated) -> None:

@@ -284,7 +284,7 @@ def test_commands(export_cli, digits_bundle: Path, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     shown = export_cli("sensitivity", digits_bundle, "--flavour", "cpu", "--json", "--plot", plot, *few)
     assert shown.exit_code == 0, shown.stderr
-    assert len(json.loads(shown.stdout)["layers"]) == 45
+    assert len(json.loads(shown.stdout)["layers"]) == 42
     assert plot.is_file()
     for arguments, message in (
         (("calibrate", digits_bundle, "--keep", "most"), "neither auto nor a number"),
