@@ -8,8 +8,8 @@ NumPy does not promise that its own normals stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,10 +39,11 @@ class SeededNoise:
 
     def draw(self, images: NDArray[np.int64], positions: NDArray[np.int64], steps: int) -> NDArray[np.float32]:
         count = (1 + steps) * self._channels
-        bits = np.empty((len(images), (count + 1) // 2), dtype=np.uint64)
-        for row, (image, position) in enumerate(zip(images.tolist(), positions.tolist(), strict=True)):
-            bits[row] = _bits(self._seeds[image], _TOKEN_NOISE, position, bits.shape[1])
-        return _normals(bits)[:, :count].reshape(len(images), 1 + steps, self._channels)
+        words = np.empty((len(images), (count + 1) // 2), dtype=np.uint64)
+        seeds = [self._seeds[image] for image in images.tolist()]
+        for row, bits in enumerate(_bits(seeds, _TOKEN_NOISE, positions.tolist(), words.shape[1])):
+            words[row] = bits
+        return _normals(words)[:, :count].reshape(len(images), 1 + steps, self._channels)
 
 
 def checked_seed(seed: int) -> int:
@@ -58,23 +59,39 @@ def checked_seed(seed: int) -> int:
 
 def order_priorities(seed: int, tokens: int) -> NDArray[np.uint64]:
     """One number per token [tokens]; sorting by them gives the image's random order, whatever subset is sorted."""
-    return _bits(checked_seed(seed), _ORDER, 0, tokens)
+    return next(_bits([checked_seed(seed)], _ORDER, [0], tokens))
 
 
 def selection_priorities(seed: int, tokens: int) -> NDArray[np.uint64]:
     """One number per token [tokens] for the ``random`` selection rule."""
-    return _bits(checked_seed(seed), _SELECTION, 0, tokens)
+    return next(_bits([checked_seed(seed)], _SELECTION, [0], tokens))
 
 
-def _bits(seed: int, stream: int, position: int, count: int) -> NDArray[np.uint64]:
-    # 256-bit counter: the low 64 bits run within a token, the next ones are the position.
-    generator = np.random.Philox(key=seed | stream << 64, counter=position << 64)
-    return np.asarray(generator.random_raw(count), dtype=np.uint64)
+def _bits(seeds: Sequence[int], stream: int, positions: Sequence[int], count: int) -> Iterator[NDArray[np.uint64]]:
+    """``count`` words of each (seed, position): Philox's key is (seed, stream), and of its 256-bit counter the low 64
+    bits run within a token and the next 64 are the position. One generator, since making one takes longer than what it
+    is asked for."""
+    generator = np.random.Philox(key=0)
+    state: Any = generator.state
+    key, counter = state["state"]["key"], state["state"]["counter"]
+    for key[0], counter[1] in zip(seeds, positions, strict=True):
+        key[1], counter[0] = stream, 0
+        generator.state = state
+        yield np.asarray(generator.random_raw(count), dtype=np.uint64)
 
 
-def _normals(bits: NDArray[np.uint64]) -> NDArray[np.float32]:
+_BLOCK = 1 << 13
+"""Words whose normals are made at once: their intermediate values stay in the cache."""
+
+
+def _normals(words: NDArray[np.uint64]) -> NDArray[np.float32]:
     """Box-Muller along the last axis: each 64-bit word gives two normals from its two 32-bit halves."""
-    radius = np.sqrt(-2.0 * np.log(((bits >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32))
-    angle = (bits & np.uint64(0xFFFFFFFF)).astype(np.float64) * (2.0 * np.pi * 2.0**-32)
-    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return pairs.reshape(*bits.shape[:-1], -1).astype(np.float32)
+    normals = np.empty((words.size, 2), dtype=np.float32)
+    flat = words.reshape(-1)
+    for start in range(0, len(flat), _BLOCK):
+        part = flat[start : start + _BLOCK]
+        radius = np.sqrt(-2.0 * np.log(((part >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32))
+        angle = (part & np.uint64(0xFFFFFFFF)).astype(np.float64) * (2.0 * np.pi * 2.0**-32)
+        normals[start : start + _BLOCK, 0] = radius * np.cos(angle)
+        normals[start : start + _BLOCK, 1] = radius * np.sin(angle)
+    return normals.reshape(*words.shape[:-1], -1)

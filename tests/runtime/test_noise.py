@@ -70,6 +70,27 @@ def test_fewer_steps_are_a_prefix_of_more(seed: int, position: int, few: int, mo
     assert (draw(seed, [position], few, channels) == long[:, : 1 + few]).all()
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    tokens=st.lists(st.tuples(SEEDS, st.integers(0, 2**20)), min_size=1, max_size=12),
+    steps=st.integers(0, 60),
+    channels=st.integers(1, 17),
+)
+def test_words_are_those_of_a_generator_for_each_token(
+    tokens: list[tuple[int, int]], steps: int, channels: int
+) -> None:
+    """The definition, as written down: Philox with the key (seed, 0) and the position in the counter."""
+    seeds, positions = zip(*tokens, strict=True)
+    found = SeededNoise(seeds, channels).draw(np.arange(len(tokens)), np.array(positions), steps)
+    count = (1 + steps) * channels
+    for row, (seed, position) in enumerate(tokens):
+        words = np.random.Philox(key=seed, counter=position << 64).random_raw((count + 1) // 2)
+        radius = np.sqrt(-2.0 * np.log(((words >> np.uint64(32)) + 0.5) * 2.0**-32))
+        angle = (words & np.uint64(2**32 - 1)) * (2.0 * np.pi * 2.0**-32)
+        wanted = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(-1)[:count]
+        assert (found[row].reshape(-1) == wanted.astype(np.float32)).all()
+
+
 def test_drawing_twice_gives_the_same() -> None:
     source = SeededNoise([5, 6], 16)
     images, positions = np.array([0, 1]), np.array([3, 3])
