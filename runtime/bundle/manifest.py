@@ -29,7 +29,7 @@ MAX_BYTES = 4_000_000
 """Of a manifest; ImageNet's has 60,000."""
 
 FORMAT = "gtr-deploy bundle"
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 
 FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}

@@ -120,7 +120,7 @@ def test_inspect(export_cli: Cli, own_bundle: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "tokens[B,V,16]" in result.stdout
     assert "none yet; gtr-export verify" in result.stdout
-    assert json.loads(export_cli("inspect", own_bundle, "--json").stdout)["schema"] == 2
+    assert json.loads(export_cli("inspect", own_bundle, "--json").stdout)["schema"] == 3
     Bundle.load(own_bundle).write_report("parity", {})
     (own_bundle / "reports" / "parity.json").write_text("changed")
     assert "the manifest says" in export_cli("inspect", own_bundle).stdout

@@ -57,9 +57,9 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
         (lambda m: m.update(format="zip"), "not the manifest of a gtr-deploy bundle"),
         (
             lambda m: m.update(schema=1),
-            "schema 1, this version reads schema 2; rebuild the bundle with gtr-export",
+            "schema 1, this version reads schema 3; rebuild the bundle with gtr-export",
         ),
-        (lambda m: m.update(schema=2.0), "schema: Expected `int`, got `float`, found 2.0"),
+        (lambda m: m.update(schema=3.0), "schema: Expected `int`, got `float`, found 3.0"),
         (lambda m: m.pop("schema"), "schema null"),
         (lambda m: m.update(extra=1), "manifest: Object contains unknown field `extra`"),
         (lambda m: m.update({"a\nb": 1}), "unknown field `a\\nb`"),
