@@ -91,7 +91,7 @@ class OriginalContender:
         settings = plan.settings
         own = len(settings.stage_steps) == 1 and settings.order == "random" and settings.token_schedule == "cosine"
         if own and len(set(settings.generation_diffusion)) == 1 and settings.cfg != 1.0:
-            return None
+            return None if all(step.branches == 2 for step in plan.steps) else "the original code guides every step"
         return "the original code has no such plan"
 
     def generate(self, plan: SamplingPlan, batch: int, seed: int) -> Seconds:

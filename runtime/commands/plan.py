@@ -16,7 +16,10 @@ from .console import print_json, print_table
 from .plan_options import plan_options
 
 #: Of every step, in the JSON.
-_TOLD = ("known", "predicted", "context", "diffusion_steps", "refined", "refined_diffusion_steps", "guidance", "flops")
+_TOLD = (
+    "known", "predicted", "context", "diffusion_steps", "refined", "refined_diffusion_steps", "guidance", "branches",
+    "flops",
+)  # fmt: skip
 
 
 @click.command("plan")
@@ -54,7 +57,7 @@ def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: boo
         [
             *map(str, (step.index + 1, step.stage + 1, step.known, step.predicted, step.context)),
             _diffusion_cell(step),
-            f"{step.guidance:.2f}",
+            f"{step.guidance:.2f}" if step.branches > 1 else "none",
             f"{step.backbone_flops / resolved.flops:.1%}",
             f"{step.head_flops / resolved.flops:.1%}",
         ]

@@ -13,21 +13,21 @@ from ..sampling.selection import FTS_RULES
 from .option_groups import given, with_options
 
 
-class _Integers(click.ParamType):
-    """Comma-separated whole numbers, a fixed count of them if given."""
+class _Numbers(click.ParamType):
+    """Comma-separated numbers like those of an example, a fixed count of them if given."""
 
-    name = "integers"
+    def __init__(self, example: str, count: int | None = None, kind: type[int] | type[float] = int) -> None:
+        self.name = "integers" if kind is int else "numbers"
+        self._example, self._count, self._kind = example, count, kind
 
-    def __init__(self, count: int | None = None) -> None:
-        self._count = count
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            numbers = tuple(int(part) for part in str(value).split(","))
+            numbers = tuple(self._kind(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as {'50,20' if self._count else '24,6,2'}", param)
+            what = "whole numbers" if self._kind is int else "numbers"
+            self.fail(f"{value!r} is not a list of {what} such as {self._example}", param)
         if self._count and len(numbers) == 1:
             numbers *= self._count
         if self._count and len(numbers) != self._count:
@@ -37,14 +37,14 @@ class _Integers(click.ParamType):
 
 #: (option, setting, type, help)
 _OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
-    ("--stage-steps", "stage_steps", _Integers(), "AR steps of each stage, e.g. 24,6,2; their number is K."),
+    ("--stage-steps", "stage_steps", _Numbers("24,6,2"), "AR steps of each stage, e.g. 24,6,2; their number is K."),
     ("--order", "order", click.Choice(ORDERS), "Order in which tokens are made."),
     ("--parity", "parity", click.Choice(PARITIES), "Checkerboard squares that the last stage holds."),
     ("--token-schedule", "token_schedule", click.Choice(TOKEN_SCHEDULES), "Tokens per AR step within a stage."),
     (
         "--generation-diffusion",
         "generation_diffusion",
-        _Integers(2),
+        _Numbers("50,20", 2),
         "Diffusion steps from the first to the last generation AR step, e.g. 50,20.",
     ),
     ("--reconstruction-diffusion", "reconstruction_diffusion", int, "Diffusion steps in the last stage."),
@@ -54,6 +54,12 @@ _OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--fts-diffusion", "fts_diffusion", int, "Their diffusion steps."),
     ("--cfg", "cfg", float, "Guidance scale; 1 switches guidance off."),
     ("--cfg-schedule", "cfg_schedule", click.Choice(CFG_SCHEDULES), "Guidance over the AR steps."),
+    (
+        "--guidance-interval",
+        "guidance_interval",
+        _Numbers("0.2,1", 2, float),
+        "Guides AR steps from share A of the tokens known up to, not with, share B, e.g. 0.2,1; others cost half.",
+    ),
     ("--temperature", "temperature", float, "Scales the noise of the reverse steps."),
     ("--decoder", "context", click.Choice(CONTEXTS), "Whether the decoder sees the mask tokens of later stages."),
 )

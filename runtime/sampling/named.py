@@ -20,6 +20,10 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+"))
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split("+"))
+
+
 def _pair(text: str) -> tuple[int, ...]:
     numbers = _whole_numbers(text)
     return numbers * 2 if len(numbers) == 1 else numbers
@@ -34,6 +38,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     "fts_fraction": float,
     "fts_diffusion": int,
     "cfg": float,
+    "guidance_interval": _numbers,
     "temperature": float,
 }
 """What is not text."""

@@ -46,6 +46,8 @@ class PlanSettings:
         fts_diffusion: diffusion steps of a refined token [paper: 50].
         cfg: guidance scale; 1 switches guidance off.
         cfg_schedule: ``linear`` grows with the share of known tokens (MAR), ``constant`` does not.
+        guidance_interval: (A, B); an AR step is guided where A <= known tokens before it / all < B, elsewhere it runs
+            the conditional branch alone, at half the cost [ours; Kynkaanniemi et al. 2024, limited interval guidance].
         temperature: scales the noise of the reverse steps.
         context: ``full``: the decoder sees a mask token for every unknown position (the literal paper); ``compact``:
             those of later stages are left out [ours, one reading of the paper's FLOPs].
@@ -64,6 +66,7 @@ class PlanSettings:
     fts_diffusion: int = 50
     cfg: float | None = None
     cfg_schedule: str | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     temperature: float | None = None
     context: str = "full"
 
@@ -244,13 +247,8 @@ def resolve(
             else:
                 diffusion, refined = _generation_diffusion(settings, len(steps), generation_steps), 0
             after = known + predicted
-            guidance = settings.cfg
-            if settings.cfg_schedule == "linear":
-                # models/mar.py clamps the masked count to at least 1 before it takes the scale, so that the very last
-                # step's scale stays one token short of cfg.
-                guided = min(after, architecture.tokens - (settings.token_schedule == "cosine"))
-                guidance = 1.0 + (settings.cfg - 1.0) * guided / architecture.tokens
-            branches = 1 if settings.cfg == 1.0 else 2
+            guidance = _guidance(settings, known, after, architecture.tokens)
+            branches = 1 if guidance == 1.0 else 2
             seen_end = stage_end if settings.context == "compact" else architecture.tokens
             context = seen_end - after
             refined_steps = settings.fts_diffusion if refined else 0
@@ -281,6 +279,18 @@ def _generation_diffusion(settings: FittedSettings, step: int, total: int) -> in
     if total == 1:
         return first
     return last + math.floor((first - last) * (total - 1 - step) / (total - 1))
+
+
+def _guidance(settings: FittedSettings, known: int, after: int, total: int) -> float:
+    """Scale of an AR step that goes from ``known`` to ``after`` of ``total`` tokens; 1 is none."""
+    first, end = settings.guidance_interval
+    if not first <= known / total < end:
+        return 1.0
+    if settings.cfg_schedule == "constant":
+        return settings.cfg
+    # models/mar.py clamps the masked count to at least 1 before it takes the scale, so that the very last step's scale
+    # stays one token short of cfg.
+    return 1.0 + (settings.cfg - 1.0) * min(after, total - (settings.token_schedule == "cosine")) / total
 
 
 def _stage_counts(stage: int, size: int, steps: int, schedule: str) -> list[int]:
@@ -347,3 +357,10 @@ def _check(settings: FittedSettings) -> None:
     number("FTS fraction", settings.fts_fraction, 0.0, 1.0)
     number("cfg", settings.cfg, 0.0, 100.0)
     number("temperature", settings.temperature, 0.0, 10.0)
+    shares = settings.guidance_interval
+    if not isinstance(shares, tuple | list) or len(shares) != 2:
+        raise PlanError(f"guidance interval {shares!r} is not two shares of known tokens")
+    for share in shares:
+        number("guidance interval", share, 0.0, 1.0)
+    if shares[0] >= shares[1]:
+        raise PlanError(f"guidance interval {shares[0]:g}..{shares[1]:g} is empty; give cfg 1 for no guidance")

@@ -65,7 +65,8 @@ def profiles(plans: Iterable[SamplingPlan], max_batch: int) -> dict[str, list[Pr
 
     One regime for a single image and one for 2 to ``max_batch``, each split into generation (few tokens, many calls)
     and reconstruction (half of the tokens at once). The best size of each axis is the median of the work at the
-    regime's largest batch. The number of branches may be 1 in every profile: it only halves the rows.
+    regime's largest batch. The number of branches may be 1 in every profile: it only halves the rows, and a plan
+    may guide some of its steps alone.
     """
     regimes = [(1, 1)] if max_batch == 1 else [(1, 1), (2, max_batch)]
     result: dict[str, list[Profile]] = {}
@@ -113,7 +114,8 @@ def _profile(least: Sequence[Sizes], most: Sequence[tuple[Sizes, int]]) -> Profi
 def _work(sizes: Sizes) -> int:
     """Grows with the rows that a call processes."""
     tokens = sum(sizes.get(letter, 0) for letter in "VPR")
-    return sizes.get("B", 1) * sizes.get("N", 1) * sizes.get("T", 1) * max(1, tokens)
+    rows = sizes.get("B", 1) * sizes.get("N", 1) * sizes.get("T", 1)
+    return sizes.get("G", 1) * rows * max(1, tokens)
 
 
 def covering(candidates: Sequence[Profile], sizes: Mapping[str, int]) -> int | None:

@@ -118,6 +118,8 @@ def test_generations_equal_the_host_loop(opened: Opener, digits_pipeline: Pipeli
         {"fts_fraction": 0.5, "fts_diffusion": 7, "reconstruction_diffusion": 11},  # the others have the longer chain
         {"fts_diffusion": 11, "reconstruction_diffusion": 11},  # equally long
         {"cfg": 1.0},
+        {"guidance_interval": (0.2, 0.6)},  # one branch, two, one: the last stage, which selects, has one
+        {"guidance_interval": (0.5, 1.0), "stage_steps": (12, 3, 2)},
         {"context": "compact", "parity": "even"},
     ],
     ids=str,

@@ -42,6 +42,11 @@ def test_equals_onnx_runtime(build_digits: Callable[[str], Path], precision: str
     assert backend.description == f"torch cpu {precision}"
     wanted = _latents(bundle, OnnxRuntimeBackend(bundle.graph_paths(), threads=1), [3, 8])
     assert relative_error(_latents(bundle, backend, [3, 8]), wanted) <= IMAGE_TOLERANCES[precision]
+    sometimes = "gtr-fast:guidance-interval=0.1+0.5"
+    found, wanted = (_latents(bundle, one, [3], sometimes) for one in (backend, keeping(backend._networks)))
+    assert np.array_equal(found, wanted)
+    wanted = _latents(bundle, OnnxRuntimeBackend(bundle.graph_paths(), threads=1), [3], sometimes)
+    assert relative_error(found, wanted) <= IMAGE_TOLERANCES[precision]
 
 
 def keeping(networks: Networks) -> TorchBackend:

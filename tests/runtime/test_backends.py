@@ -69,10 +69,9 @@ class TestBound:
         assert relative_error(alone.latents[0], plain.latents[0]) <= IMAGE_TOLERANCES[precision]
         np.testing.assert_allclose(_generate(bundle, backend).latents, plain.latents, rtol=0, atol=1e-6)
 
-    def test_without_guidance(self, bundle: Bundle) -> None:
-        plan = replace(
-            Pipeline(bundle.architecture, bundle.conditioner, OnnxRuntimeBackend({})).plan("gtr-fast").settings, cfg=1.0
-        )
+    @pytest.mark.parametrize("changes", ["cfg=1", "cfg=2,guidance-interval=0.1+0.5"])
+    def test_without_guidance(self, bundle: Bundle, changes: str) -> None:
+        plan = f"gtr-fast:{changes}"
         paths = bundle.graph_paths()
         results = [
             Pipeline(bundle.architecture, bundle.conditioner, OnnxRuntimeBackend(paths, 1, bound=bound)).generate(

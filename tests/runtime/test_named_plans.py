@@ -57,6 +57,7 @@ def test_changes_in_the_name() -> None:
         "gtr", cfg=3.0, fts="none", stage_steps=(8, 4, 1), generation_diffusion=(30, 30), context="compact"
     )
     assert found.name.startswith("gtr:cfg=3")
+    assert named("gtr:guidance-interval=0.2+1").guidance_interval == (0.2, 1.0)
     assert len(named("gtr:stages=2").stage_steps) == 2
     assert named("gtr:cfg=3", cfg=4.0).cfg == 4.0
 
@@ -71,6 +72,7 @@ def test_changes_in_the_name() -> None:
         ("gtr:cfg=much", "cfg 'much' is no number"),
         ("gtr:cfg=nan", "cfg nan is not in 0..100"),
         ("gtr:stage_steps=8+x", "stage_steps '8+x' is no number"),
+        ("gtr:guidance-interval=0.2", "guidance interval (0.2,) is not two shares"),
         ("gtr:stages=9", "stages 9 is not in 1..8"),
         ("gtr:stage_steps=" + "+".join(["1"] * 100), "100 stages on a 8x8 grid; use fewer stages"),
         ("gtr:stages=2,stage_steps=1+1+1", "stages 2 contradicts stage steps with 3 numbers"),

@@ -144,7 +144,9 @@ class TestGraphs:
 
 
 class TestImages:
-    @pytest.mark.parametrize("plan", [name for name in PRESETS if name not in ("mar", "mar-256")])
+    @pytest.mark.parametrize(
+        "plan", [*(name for name in PRESETS if name not in ("mar", "mar-256")), "gtr-fast:guidance-interval=0.1+0.5"]
+    )
     def test_same_picture_as_onnx_runtime(
         self, bundle: Bundle, backend: OpenVinoBackend, reference: OnnxRuntimeBackend, plan: str
     ) -> None:

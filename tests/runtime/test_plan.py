@@ -174,23 +174,6 @@ def test_recorded_plans(name: str) -> None:
     assert steps[-1].predicted * batch == len(case.arrays["rows_last"])
 
 
-def test_guidance_of_gtr_grows_with_known_tokens() -> None:
-    steps = plan_of("gtr", cfg=3.2).steps
-    assert steps[0].guidance == pytest.approx(1 + 2.2 * 2 / 256)
-    assert steps[23].guidance == pytest.approx(1 + 2.2 * 64 / 256)
-    assert steps[29].guidance == pytest.approx(1 + 2.2 * 128 / 256)
-    assert steps[31].guidance == pytest.approx(3.2)
-
-
-def test_constant_guidance_and_none() -> None:
-    assert {step.guidance for step in plan_of("gtr", cfg=3.2, cfg_schedule="constant").steps} == {3.2}
-    for schedule in ("linear", "constant"):
-        plain = plan_of("gtr", cfg=1.0, cfg_schedule=schedule)
-        assert {(step.guidance, step.branches) for step in plain.steps} == {(1.0, 1)}
-        assert plain.flops < 0.6 * plan_of("gtr", cfg=3.2, cfg_schedule=schedule).flops
-    assert {step.branches for step in plan_of("gtr", cfg=0.5).steps} == {2}
-
-
 def test_compact_context_leaves_later_stages_out() -> None:
     full, compact = plan_of("gtr").steps, plan_of("gtr-compact").steps
     assert [s.context for s in full] == [256 - s.known - s.predicted for s in full]
@@ -310,6 +293,12 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"fts_fraction": True}, "FTS fraction True is not in 0..1"),
     ({"cfg": -1}, "cfg -1 is not in 0..100"),
     ({"cfg": math.inf}, "cfg inf is not in 0..100"),
+    ({"guidance_interval": 0.2}, "guidance interval 0.2 is not two shares of known tokens"),
+    ({"guidance_interval": (0.2, 0.4, 1)}, "guidance interval (0.2, 0.4, 1) is not two shares of known tokens"),
+    ({"guidance_interval": (0.2, 1.1)}, "guidance interval 1.1 is not in 0..1"),
+    ({"guidance_interval": (math.nan, 1)}, "guidance interval nan is not in 0..1"),
+    ({"guidance_interval": ("0", 1)}, "guidance interval '0' is not in 0..1"),
+    ({"guidance_interval": (0.4, 0.4)}, "guidance interval 0.4..0.4 is empty; give cfg 1 for no guidance"),
     ({"temperature": 11}, "temperature 11 is not in 0..10"),
     ({"temperature": math.nan}, "temperature nan is not in 0..10"),
 ]

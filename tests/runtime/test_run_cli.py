@@ -172,6 +172,16 @@ class TestPlan:
         assert plan["context"] == "compact"
         assert plan["generation_diffusion"] == [30, 30]
 
+    def test_guidance_interval_shows(self, run_cli: Cli, digits_bundle: Path) -> None:
+        options = ["mar-h", "--guidance-interval", "0.25,0.75"]
+        found = json.loads(run_cli("plan", *options, "--json").stdout)
+        assert found["plan"]["guidance_interval"] == [0.25, 0.75]
+        assert [step["branches"] for step in found["steps"]] == [1] * 24 + [2] * 7 + [1]
+        assert found["flops"] < json.loads(run_cli("plan", "mar-h", "--json").stdout)["flops"]
+        assert run_cli("plan", *options).stdout.count("none") == 25
+        _one_line_error(run_cli("plan", "mar-h", "--guidance-interval", "0.8,0.2"), 2, "interval 0.8..0.2 is empty")
+        _one_line_error(run_cli("plan", "mar-h", "--guidance-interval", "a,1"), 2, "not a list of numbers such as")
+
     @pytest.mark.parametrize(
         ("stages", "steps"), [(1, [32]), (2, [30, 2]), (3, [24, 6, 2]), (4, [23, 6, 1, 2]), (5, [16, 6, 1, 1, 2])]
     )

@@ -37,6 +37,7 @@ SMALL = FittedSettings(
 PLANS = {
     "gtr": SMALL,
     "gtr-compact": replace(SMALL, context="compact"),
+    "interval": replace(SMALL, guidance_interval=(0.1, 0.5)),
     "halton": replace(SMALL, order="halton", stage_steps=(3, 2), fts="random"),
     "random-norm": replace(SMALL, order="random", fts="norm", cfg=1.0),
     "raster-lowest": replace(SMALL, order="raster", fts="lowest", cfg_schedule="constant", parity="even"),

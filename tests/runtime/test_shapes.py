@@ -41,6 +41,20 @@ def test_profiles_cover_every_shape_of_every_preset_and_batch(model: str, max_ba
                     assert covering(found[kind], sizes) is not None, (plan.settings.name, kind, sizes)
 
 
+@pytest.mark.parametrize("interval", [(0.0, 0.3), (0.3, 1.0), (0.3, 0.6)])
+def test_profiles_cover_one_branch_and_two(interval: tuple[float, float]) -> None:
+    plan = plan_of("mar-h", "gtr", guidance_interval=interval)
+    assert {step.branches for step in plan.steps} == {1, 2}
+    found = profiles([plan], 8)
+    for batch in (1, 3, 8):
+        for kind, shapes in call_shapes(plan, batch).items():
+            for sizes in shapes:
+                assert covering(found[kind], sizes) is not None, (kind, sizes)
+    wanted = {sizes["G"] for sizes in call_shapes(plan, 1)["backbone"]}
+    assert wanted == {1, 2}
+    assert len(found["backbone"]) <= 4
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_profiles_are_few_and_tight(model: str) -> None:
     found = profiles([plan_of(model, "gtr")], 8)
