@@ -72,7 +72,7 @@ class HostLoopBackend(ABC):
             for start, stop in modulation_parts(len(segment.timesteps), branches * n):
                 row, timestep = modulation_rows(segment.timesteps[start:stop], branches)
                 made = call("modulation", {"z": own, "row": row, "timestep": timestep})[0]
-                check_shape("modulation", made.shape, (len(row), made.shape[-1]))
+                check_shape("modulation", made.shape, (len(row), *made.shape[1:2]))
                 modulation = made.reshape(stop - start, branches, n, -1)
                 for index in range(start, stop):
                     inputs["modulation"] = modulation[index - start]

@@ -44,7 +44,7 @@ def test_costs_cover_every_layer(bench: Bench, costs: list[LayerCost]) -> None:
     assert sum(cost.contribution for cost in costs) == pytest.approx(1)
     assert all(0 < cost.error < 0.05 for cost in costs)
     assert [cost.contribution for cost in costs] == sorted((cost.contribution for cost in costs), reverse=True)
-    for kind in ("backbone", "diffusion_step"):
+    for kind in ("backbone", "modulation", "diffusion_step"):
         assert sum(cost.multiplications for cost in costs if cost.graph == kind) == pytest.approx(1)
     # Errors of single layers are independent to first order: their squares add up to the whole graph's.
     whole = bench.graph_error("backbone", [layer.name for layer in bench.layers["backbone"]])

@@ -61,7 +61,7 @@ def test_only_what_changed_is_built_again(own_bundle: Path) -> None:
 def test_another_checkpoint_rebuilds_its_graphs_only(own_bundle: Path) -> None:
     request = BuildRequest("mar-digits", own_bundle, random_weights=True)
     result = build(request, QUIET)
-    assert result.stages == _states(manifest="built", backbone="built", diffusion_step="built")
+    assert result.stages == _states(manifest="built", backbone="built", modulation="built", diffusion_step="built")
     assert Bundle.load(own_bundle).manifest.source.random_weights == 0
     assert build(request, QUIET).unchanged
 

@@ -35,7 +35,16 @@ trt = pytest.importorskip("tensorrt_rtx", reason="needs pip install 'gtr-deploy[
 Cli = Callable[..., Result]
 QUIET = Reporter(quiet=True)
 KEY = f"tensorrt-rtx-{trt.__version__}-sm89"
-KINDS = ["backbone", "diffusion_step", "detail_score", "decoder", "select_rows", "gather_rows", "merge_rows"]
+KINDS = [
+    "backbone",
+    "modulation",
+    "diffusion_step",
+    "detail_score",
+    "decoder",
+    "select_rows",
+    "gather_rows",
+    "merge_rows",
+]
 RTX = ("--engine", "tensorrt-rtx", "--compute-capability", "8.9")
 VERSIONS = {"tensorrt": None, "tensorrt-rtx": trt.__version__, "onnxruntime": "x"}
 NO_GPU = Machine("linux-x86_64", None, "no driver", VERSIONS, ())
@@ -64,7 +73,7 @@ class Builder:
         self.calls.append((spec.kind, settings))
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(f"{spec.kind} {len(self.calls)}")
-        products = spec.kind in ("backbone", "diffusion_step", "detail_score")
+        products = spec.kind in ("backbone", "modulation", "diffusion_step", "detail_score")
         return BuiltGraph(0.1, Audit({"fp32": 9} if products else {}, "as parsed"), ())
 
 
@@ -83,7 +92,7 @@ def make(bundle: Path, machine: Machine = NO_GPU, **more: Any) -> EngineResult:
 def test_the_whole_way(export_cli: Cli, own_bundle: Path) -> None:
     first = export_cli("engine", own_bundle, *RTX, "--max-batch", 1, "--optimization-level", 0)
     assert first.exit_code == 0, first.output
-    assert f"MB of engines {KEY} (7 built, 0 cached" in first.stdout
+    assert f"MB of engines {KEY} (8 built, 0 cached" in first.stdout
     assert f"next: copy {own_bundle} to the GPU machine; there: gtr-run doctor bundle" in first.stdout
     assert "backbone: profile G=1..2 (2) B=1 V=" in first.stderr
     assert "backbone engine: Building engine ..." in first.stderr
@@ -158,8 +167,9 @@ def test_a_build_that_fails_resumes(own_bundle: Path, builder: Builder) -> None:
     bundle.engine_paths(bundle.engine_sets[0])
     builder.fail_at = None
     resumed = make(own_bundle, optimization_level=5)
-    assert resumed.cached == KINDS[:3]
-    assert resumed.built == KINDS[3:]
+    done = KINDS.index("decoder")
+    assert resumed.cached == KINDS[:done]
+    assert resumed.built == KINDS[done:]
     bundle = Bundle.load(own_bundle)
     bundle.engine_paths(bundle.engine_sets[0])
     assert [path.name for path in (own_bundle / "engines").iterdir()] == [KEY]
@@ -202,7 +212,7 @@ def test_stopped_in_the_middle(own_bundle: Path, stop: signal.Signals, code: int
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("diffusion_step engine: Building engine"):
+        if line.startswith("modulation engine: Building engine"):
             break
     time.sleep(0.2)
     process.send_signal(stop)
@@ -238,7 +248,7 @@ def test_float32_under_another_name_is_noticed(export_cli: Cli, own_bundle: Path
     assert result.exit_code == 0
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     # Not detail_score: its contract is float32 in every bundle.
-    assert warnings == [f"warning: {kind}: {wrong}" for kind in ("backbone", "diffusion_step")]
+    assert warnings == [f"warning: {kind}: {wrong}" for kind in ("backbone", "modulation", "diffusion_step")]
     one_line_error(export_cli("engine", own_bundle, *RTX, "--strict"), 1, wrong)  # cached engines are judged as well
 
 

@@ -61,7 +61,7 @@ def test_an_untrained_ema_and_the_trained_model(export_cli: Cli, run_cli: Cli, y
     source = Bundle.load(out).manifest.source
     assert source.checkpoint == WeightsFile(str(young.resolve()), digest, "model", "model", "")
     changed = {kind for kind, key in source.stages.items() if keys[kind] != key}
-    assert changed == {"backbone", "diffusion_step"}, "the choice is part of a stage's key"
+    assert changed == {"backbone", "modulation", "diffusion_step"}, "the choice is part of a stage's key"
 
     shown = export_cli("inspect", out).stdout
     assert "the model's own, not EMA (model); " in shown

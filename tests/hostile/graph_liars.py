@@ -81,7 +81,13 @@ def _tail(kind: str, output: str, nodes: Callable[[str], list[onnx.NodeProto]]) 
     return change
 
 
-_OUTPUTS = {"z": "backbone", "x_next": "diffusion_step", "score": "detail_score", "norm": "detail_score"}
+_OUTPUTS = {
+    "z": "backbone",
+    "modulation": "modulation",
+    "x_next": "diffusion_step",
+    "score": "detail_score",
+    "norm": "detail_score",
+}
 for _output, _kind in _OUTPUTS.items():
 
     def _lie(name: str, *nodes: onnx.NodeProto, output: str = _output, kind: str = _kind) -> None:

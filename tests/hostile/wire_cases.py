@@ -190,7 +190,7 @@ def _typed(kind: str) -> onnx.ModelProto:
 for _kind in ("optional", "map", "sparse", "nothing"):
     model_case(f"type-{_kind}", lambda kind=_kind: _typed(kind))
 
-for _kind in ("backbone", "diffusion_step", "detail_score", "select_rows", "merge_rows"):
+for _kind in ("backbone", "modulation", "diffusion_step", "detail_score", "select_rows", "merge_rows"):
     model_case(f"decoder-in-place-of-{_kind.replace('_', '-')}", sound, _kind)
 
 

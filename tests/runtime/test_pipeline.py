@@ -155,7 +155,9 @@ class TestOnnxRuntimeBackend:
 
     def test_idle_threads_do_not_spin(self, digits_bundle: Path) -> None:
         """Each graph has a thread pool: one that spins takes the cores from the others."""
-        paths = {kind: digits_bundle / "graphs" / f"{kind}.onnx" for kind in ("backbone", "diffusion_step")}
+        paths = {
+            kind: digits_bundle / "graphs" / f"{kind}.onnx" for kind in ("backbone", "modulation", "diffusion_step")
+        }
         for session in OnnxRuntimeBackend(paths)._sessions.values():
             options = session.get_session_options()
             assert options.get_session_config_entry("session.force_spinning_stop") == "1"

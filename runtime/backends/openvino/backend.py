@@ -127,7 +127,7 @@ class OpenVinoBackend(HostLoopBackend):
                     given = {"z": own, "row": row, "timestep": timestep}
                     self.calling = "modulation", time.monotonic()
                     made = hooked(self.hook, "modulation", given, conditions.infer)[0]
-                    check_shape("modulation", made.shape, (len(row), made.shape[-1]))
+                    check_shape("modulation", made.shape, (len(row), *made.shape[1:2]))
                     modulation = made.reshape(stop - start, branches, n, -1)
                     for index in range(start, stop):
                         bound["modulation"] = step.bind("modulation", modulation[index - start])
