@@ -29,6 +29,7 @@ from ...runtime.backends.protocol import Backend
 from ...runtime.backends.row import BackendOptions
 from ...runtime.backends.tensorrt.backend import TensorRTBackend
 from ...runtime.bundle.engine_sets import FLAVOURS, EngineSet, choose_engines
+from ...runtime.bundle.links import plain_files
 from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
 from ...runtime.commands.watch import watch_calls
@@ -254,7 +255,10 @@ def _opened(bundle: Bundle, engine: str, scratch: Path) -> Backend:
     if bundle.precision == "bf16":
         from ..graphs.bfloat16 import widen
 
-        widened = {kind: widen(graph.path, scratch / graph.path.name) for kind, graph in graphs.items()}
+        widened = {}
+        for kind, graph in graphs.items():
+            with plain_files(graph) as plain:
+                widened[kind] = widen(plain.path, scratch / plain.path.name)
         return OnnxRuntimeBackend(widened)
     return OnnxRuntimeBackend(graphs, optimised=bundle.precision != "fp8")
 
