@@ -71,15 +71,21 @@ class StoredFile(Struct, frozen=True, forbid_unknown_fields=True):
                 f"{path} is missing from the bundle; copy the bundle again or run gtr-export build"
             ) from None
         with file:
-            size = os.fstat(file.fileno()).st_size
-            if size != self.bytes:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    raise BundleError(f"{path} is a Git LFS pointer, not the file; run git lfs pull in the bundle")
-                raise BundleError(f"{path} has {size} bytes, the manifest says {self.bytes}; copy the bundle again")
-            if checksums or linked:
-                self.compare(path, hashlib.file_digest(file, "sha256").hexdigest())
-                file.seek(0)
+            try:
+                self._measure(file, path, checksums or linked)
+            except OSError as error:
+                raise BundleError(f"{path} cannot be read: {error.strerror}") from None
             yield file
+
+    def _measure(self, file: BinaryIO, path: Path, checksums: bool) -> None:
+        size = os.fstat(file.fileno()).st_size
+        if size != self.bytes:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise BundleError(f"{path} is a Git LFS pointer, not the file; run git lfs pull in the bundle")
+            raise BundleError(f"{path} has {size} bytes, the manifest says {self.bytes}; copy the bundle again")
+        if checksums:
+            self.compare(path, hashlib.file_digest(file, "sha256").hexdigest())
+            file.seek(0)
 
     def compare(self, path: Path, found: str) -> None:
         """Raises:
