@@ -18,6 +18,7 @@ import click
 
 from ..errors import GtrError, UsageError, printable
 from . import terminal
+from .stop import Terminated, terminable
 
 DEBUG_VARIABLE = "GTR_DEBUG"
 """Set to anything, it shows the traceback of an error that nobody foresaw."""
@@ -27,14 +28,16 @@ _LONGEST_LINE = 2000  # of what is printed: names in it may be somebody else's
 
 
 class CommandGroup(click.Group):
-    """A click group whose every error is one line: exit 2 for bad usage, 1 for failure, 130 for Ctrl-C."""
+    """A click group whose every error is one line: exit 2 for bad usage, 1 for failure, 130 for Ctrl-C, 143 for
+    SIGTERM."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
         terminal.prepare()
         kwargs["standalone_mode"] = False
         name = kwargs.get("prog_name") or self.name or "gtr"
         try:
-            code = super().main(*args, **kwargs)
+            with terminable():
+                code = super().main(*args, **kwargs)
         except click.UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # which click 8.1 does not have
                 click.echo(error.format_message())
@@ -51,9 +54,11 @@ class CommandGroup(click.Group):
         except OSError as error:
             click.echo(f"{name}: {error.filename or 'file error'}: {error.strerror or error}", err=True)
             code = 1
-        except (KeyboardInterrupt, click.Abort):
-            click.echo(f"{name}: stopped", err=True)
-            code = 130
+        except (KeyboardInterrupt, click.Abort) as error:
+            stopped = error.__cause__ if isinstance(error, click.Abort) else error
+            line = f"; {stopped.args[0]}" if stopped and stopped.args else ""
+            click.echo(f"{name}: stopped{line}", err=True)
+            code = 143 if isinstance(stopped, Terminated) else 130
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE):
                 raise

@@ -16,9 +16,10 @@ from click.core import ParameterSource
 from ..errors import GtrError, UsageError
 from ..sampling.named import named_plan
 from .backend_options import backend_options, load_pipeline
-from .console import Reporter, print_json
+from .console import Reporter, echo, print_json
 from .plan_options import plan_options
 from .request_options import RequestOptions, request_options
+from .stop import if_stopped
 
 if TYPE_CHECKING:
     from ..backends.row import BackendOptions
@@ -115,7 +116,8 @@ def generate(
     record = run.place(resume)
     size = batch_size or min(len(run.numbers), opened.max_batch)
     work = _Work(run, size, resume, trace, save_latents)
-    pipeline = context.with_resource(load_pipeline(opened, engine, reporter)) if work.batches else None
+    with if_stopped("no image was made yet; the same command starts again"):
+        pipeline = context.with_resource(load_pipeline(opened, engine, reporter)) if work.batches else None
     run.begin(record)  # a bundle that does not load has left nothing
     for path in (grid, trace, save_latents):
         if path is not None:
@@ -128,7 +130,8 @@ def generate(
         click.echo(f"stopped: {there}; the same command with --resume goes on", err=True)
         context.exit(stop.code)
     if grid is not None:
-        _draw(run, grid, f"{opened.architecture.name} · plan {plan}")
+        with if_stopped(f"{there}; the same command with --resume draws {grid}"):
+            _draw(run, grid, f"{opened.architecture.name} · plan {plan}")
     others = {"grid": grid, "trace": trace, "latents": save_latents}
     if as_json:
         print_json(
@@ -148,10 +151,10 @@ def generate(
         return
     each = f" ({work.seconds / work.made:.2f} s each)" if work.made else ""
     kept = f", {work.kept} were there" if work.kept else ""
-    click.echo(f"{work.made} images in {work.seconds:.1f} s{each}{kept} -> {out}")
+    echo(f"{work.made} images in {work.seconds:.1f} s{each}{kept} -> {out}")
     for name, path in others.items():
         if path is not None:
-            click.echo(f"{name}: {path}")
+            echo(f"{name}: {path}")
 
 
 class _Work:
