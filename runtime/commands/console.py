@@ -67,6 +67,13 @@ class CommandGroup(click.Group):
             code = 1
         sys.exit(code if isinstance(code, int) else 0)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole first sentences, where click cuts them."""
+        named = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, command.get_short_help_str(limit=1000)) for name, command in named if command]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
 
 def _one_line(text: str) -> str:
     return printable(" ".join(text.split()), _LONGEST_LINE)
@@ -129,6 +136,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 
 def _looks_numeric(text: str) -> bool:
+    if text.count(" ") > 3:  # a sentence that begins with a number
+        return False
     return not text or text[0].isdigit() or (text[0] in "-+<." and text[1:2].isdigit())
 
 

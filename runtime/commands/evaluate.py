@@ -307,7 +307,7 @@ def _print(results: Sequence[Evaluated], differences: Sequence[Mapping[str, Esti
     print_table(columns[:shown], [row[:shown] for row in rows], title=title)
     if pairs := _undecided(results):
         which = ", ".join(pairs[:_MOST_PAIRS]) + (f" and {len(pairs) - _MOST_PAIRS} more" * (len(pairs) > _MOST_PAIRS))
-        echo(f"intervals of the Frechet distance overlap: {which}; on these numbers alone neither is better")
+        echo(f"intervals of the Frechet distance overlap: {which}; on these numbers alone none is the better one")
 
 
 def _undecided(results: Sequence[Evaluated]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import os
 import shutil
@@ -65,7 +66,10 @@ def wrapped(text: str, width: int | None, indent: str = "") -> str:
 def _readable(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return "".join(map(_replaced, error.object[error.start : error.end])), error.end
+    text = error.object[error.start : error.end]
+    with contextlib.suppress(UnicodeError):  # a file's name where the locale knows no UTF-8
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+    return "".join(map(_replaced, text)), error.end
 
 
 def _replaced(character: str) -> str:
