@@ -116,7 +116,7 @@ def generate(
     record = run.place(resume)
     size = batch_size or min(len(run.numbers), opened.max_batch)
     work = _Work(run, size, resume, trace, save_latents)
-    with if_stopped("no image was made yet; the same command starts again"):
+    with if_stopped("nothing was made yet; the same command starts again"):
         pipeline = context.with_resource(load_pipeline(opened, engine, reporter)) if work.batches else None
     run.begin(record)  # a bundle that does not load has left nothing
     for path in (grid, trace, save_latents):
