@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path, PurePath
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
@@ -77,7 +78,7 @@ class StoredFile(Struct, frozen=True, forbid_unknown_fields=True):
                 raise BundleError(f"{path} cannot be read: {error.strerror}") from None
             yield file
 
-    def _measure(self, file: BinaryIO, path: Path, checksums: bool) -> None:
+    def _measure(self, file: BufferedReader, path: Path, checksums: bool) -> None:
         size = os.fstat(file.fileno()).st_size
         if size != self.bytes:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:

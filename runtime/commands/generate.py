@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..errors import GtrError, UsageError
+from ..errors import BundleError, GtrError, UsageError
 from ..sampling.named import named_plan
 from .backend_options import backend_options, load_pipeline
 from .console import Reporter, echo, print_json
@@ -23,6 +23,7 @@ from .stop import if_stopped
 
 if TYPE_CHECKING:
     from ..backends.row import BackendOptions
+    from ..bundle.reader import Bundle
     from ..pipeline import Pipeline
     from ..sampling.job import StepResult
     from .run_folder import Run
@@ -122,6 +123,8 @@ def generate(
     for path in (grid, trace, save_latents):
         if path is not None:
             sweep(path.parent)
+    if warning := _noise_ahead(opened, resolved.settings.max_timestep):
+        reporter.say(warning)
     stop = Stop("stopping after this batch; once more stops at once", as_json)
     if pipeline is not None:
         work.make(pipeline, stop, reporter)
@@ -252,6 +255,22 @@ class _Work:
         seeds = np.array([run.seed_of(number) for number in run.numbers], np.uint64)
         labels = run.bundle.conditioner.stored([run.request(number) for number in run.numbers])
         return latents_file(self._latents, shape, {"seeds": seeds, **labels})
+
+
+def _noise_ahead(bundle: Bundle, max_timestep: int) -> str | None:
+    """A warning where ``gtr-export verify`` has found that the checkpoint does not bear what the plan keeps; what it
+    found is in its report, and bundles without one get no warning."""
+    try:
+        found = bundle.read_report("parity")["respacing"]
+        sensitive, bears = found["sensitive"] is True, int(found["timesteps"][1])
+    except (BundleError, LookupError, TypeError, ValueError):
+        return None
+    if not sensitive or max_timestep <= bears:
+        return None
+    return (
+        f"warning: timesteps up to {max_timestep} are kept, and gtr-export verify found that this checkpoint gives "
+        f"noise above {bears}: --max-timestep {bears} avoids it"
+    )
 
 
 def _draw(run: Run, grid: Path, title: str) -> None:
