@@ -46,7 +46,7 @@ def test_undecided_points_are_hollow(tmp_path: Path) -> None:
 
     fast = _point("fast", 1, 4, 5, 6)
     clear, touching = _point("slow", 2, 1.9, 2.9, 3.9), _point("slow", 2, 2.1, 3.1, 4.1)
-    assert blue("overlap.png", fast, touching) < blue("clear.png", fast, clear) - 100
+    assert blue("overlap.png", fast, touching) < blue("clear.png", fast, clear) - 50
 
 
 def test_points_are_where_their_numbers_are(tmp_path: Path) -> None:
