@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.bundle.reader import Bundle
-from ..runtime.errors import UsageError
+from ..runtime.errors import BundleError, UsageError
 from ..runtime.models.conditioning import Request
 from ..runtime.models.graphs import QUANTISED
 from ..runtime.sampling.named import named_plan
@@ -68,7 +68,7 @@ class Prepared:
 
     def sources(self, flavour: str) -> Mapping[str, Path]:
         """The float graphs that a flavour's are written from."""
-        return self.graphs if flavour == "cpu" or self.float16 is None else self.float16.graph_paths()
+        return self.graphs if flavour == "cpu" or self.float16 is None else _plain(self.float16)
 
 
 def prepare(request: CalibrationRequest) -> Prepared:
@@ -98,7 +98,15 @@ def prepare(request: CalibrationRequest) -> Prepared:
     images = calibration_images(
         architecture, source.conditioner, request.images, request.requests, latents=request.latents
     )
-    return Prepared(source, source.graph_paths(), _float16(request, source), plan, images)
+    return Prepared(source, _plain(source), _float16(request, source), plan, images)
+
+
+def _plain(bundle: Bundle) -> dict[str, Path]:
+    """The graphs. BundleError where a data file lies elsewhere, behind a link, which ``onnx`` does not follow."""
+    graphs = bundle.graph_files()
+    if linked := [graph.path for graph in graphs.values() if graph.linked]:
+        raise BundleError(f"{linked[0]} has its weights behind a link; calibrate a copy: cp -rL {bundle.folder} COPY")
+    return {kind: graph.path for kind, graph in graphs.items()}
 
 
 def _float16(request: CalibrationRequest, source: Bundle) -> Bundle | None:

@@ -215,4 +215,4 @@ def cost_rows(costs: Sequence[LayerCost]) -> list[list[str]]:
     ]
 
 
-COST_COLUMNS = ["layer", "multiplications", "error alone", "image error", "contribution"]
+COST_COLUMNS = ["layer", "products", "error alone", "image error", "contribution"]

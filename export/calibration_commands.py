@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from ..runtime.commands.console import Reporter, print_json, print_table
+from ..runtime.commands.console import Reporter, echo, print_json, print_table
 from ..runtime.commands.option_groups import given, with_options
+from ..runtime.commands.stop import if_stopped
 from ..runtime.errors import UsageError
 from ..runtime.models.graphs import QUANTISED
 from ..runtime.sampling.plan import preset_names
@@ -91,6 +92,7 @@ def _request(bundle: Path, out: Path | None, precision: str, calibration: dict[s
 @calibration_options((*BUILD_OPTIONS, _FLOAT16, *_MORE_OPTIONS))
 @click.option("--force", is_flag=True, help="Calibrate again, and replace what is at --out.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@if_stopped("finished stages are kept; the same command goes on from there")
 def calibrate(
     bundle: Path, precision: str, out: Path | None, force: bool, as_json: bool, calibration: dict[str, Any]
 ) -> None:
@@ -105,9 +107,9 @@ def calibrate(
         return
     print_table(["flavour", "error of z", "of eps", "of images", "limit", "size", "kept"], report_rows(result.report))
     if result.report["rest"] == "fp32":
-        click.echo("attention stays float32 on GPUs; --float16 with an fp16 bundle of the same checkpoint changes that")
+        echo("attention stays float32 on GPUs; --float16 with an fp16 bundle of the same checkpoint changes that")
     state = "is up to date" if result.state == "cached" else f"calibrated in {seconds:.0f} s"
-    click.echo(f"{result.bundle} {state}; next: {following}")
+    echo(f"{result.bundle} {state}; next: {following}")
 
 
 def report_rows(report: Any) -> list[list[str]]:
@@ -140,6 +142,7 @@ def report_rows(report: Any) -> list[list[str]]:
 @click.option("--images", "per_layer", is_flag=True, help="Also whole images for each layer; slow.")
 @click.option("--plot", type=_PATH, help="PNG to write.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@if_stopped("nothing is kept; the same command starts again")
 def sensitivity(
     bundle: Path,
     precision: str,
@@ -163,13 +166,13 @@ def sensitivity(
     bench = bench_of(request, "fp8" if precision == "fp8" else flavour, reporter)
     costs = layer_costs(bench, reporter, per_layer)
     title = f"{bench.architecture.name}, {precision}, {bench.flavour} graphs, plan {bench.plan.settings.name}"
-    if plot is not None:
+    if as_json:
+        print_json({"precision": precision, "flavour": bench.flavour, "layers": [asdict(cost) for cost in costs]})
+    else:
+        print_table(COST_COLUMNS, cost_rows(costs), title=title)
+    if plot is not None:  # last: a disk that is full costs the plot alone
         from ..calibration.plot import plot_bars
 
         plot_bars(plot, f"{title}: share of the image error by layer", [(c.layer, c.contribution) for c in costs])
-    if as_json:
-        print_json({"precision": precision, "flavour": bench.flavour, "layers": [asdict(cost) for cost in costs]})
-        return
-    print_table(COST_COLUMNS, cost_rows(costs), title=title)
-    if plot is not None:
-        click.echo(f"plot: {plot}")
+        if not as_json:
+            echo(f"plot: {plot}")

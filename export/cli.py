@@ -11,7 +11,8 @@ import click
 
 from ..runtime.bundle.engine_sets import FLAVOURS
 from ..runtime.commands.backend_options import BackendName
-from ..runtime.commands.console import CommandGroup, Reporter, print_json, print_table
+from ..runtime.commands.console import CommandGroup, Reporter, echo, print_json, print_table
+from ..runtime.commands.stop import if_stopped
 from ..runtime.errors import BundleError, GtrError
 from ..runtime.models.families import known_models
 from ..runtime.models.graphs import PRECISIONS
@@ -71,6 +72,7 @@ main.add_command(sensitivity)
 @click.option("--out", type=_PATH, help="Bundle folder (default: bundles/NAME-PRECISION).")
 @click.option("--force", is_flag=True, help="Rebuild everything, and replace a bundle of another model or precision.")
 @_json_option
+@if_stopped("finished stages are kept; the same command goes on from there")
 def build(
     model: str,
     checkpoint: Path | None,
@@ -149,10 +151,10 @@ def build(
     size, peak = result.bytes / 1e6, peak_memory() / 2**30
     held = f" and {engines.engines.bytes / 1e6:.1f} MB of engines" if engines else ""
     if result.unchanged and not (engines and engines.built):
-        click.echo(f"{result.bundle} is up to date ({size:.1f} MB{held}, {seconds:.1f} s); next: {following}")
+        echo(f"{result.bundle} is up to date ({size:.1f} MB{held}, {seconds:.1f} s); next: {following}")
     else:
         amount = f"{size:.1f} MB{held} in {seconds:.0f} s, peak memory {peak:.1f} GiB"
-        click.echo(f"{result.bundle}: {amount}; next: {following}")
+        echo(f"{result.bundle}: {amount}; next: {following}")
 
 
 @main.command()
@@ -162,6 +164,7 @@ def build(
 @engine_options
 @click.option("--force", is_flag=True, help="Build engines that are already there, too.")
 @_json_option
+@if_stopped("finished engines are kept; the same command goes on from there")
 def engine(
     bundle: Path, engine: str, max_batch: int | None, force: bool, as_json: bool, choices: dict[str, Any]
 ) -> None:
@@ -179,7 +182,7 @@ def engine(
     if as_json:
         print_json({"bundle": str(bundle), **engines_json(result), "next": after_engines(result, machine)})
     else:
-        click.echo(last_line(result, machine))
+        echo(last_line(result, machine))
 
 
 @main.command()
@@ -199,6 +202,7 @@ def engine(
 )
 @_json_option
 @click.pass_context
+@if_stopped("nothing is written; the same command starts again")
 def verify(
     context: click.Context,
     bundle: Path,
@@ -210,6 +214,7 @@ def verify(
     as_json: bool,
 ) -> None:
     """Check a bundle rung by rung: loads, finite, graphs equal to PyTorch, images equal to PyTorch."""
+    from .verify.verify import keep_report
     from .verify.verify import verify as run_verify
 
     names = split_plans(plans) if plans is not None else None
@@ -229,7 +234,11 @@ def verify(
         ]
         title = f"{report.model}, {report.precision}, evaluated with {report.evaluated_with}"
         print_table(["rung", "what", "status", "error", "limit", "note"], rows, title=title)
-        click.echo(f"rung reached: {report.reached}; written to {bundle / 'reports' / report.file}")
+        echo(f"rung reached: {report.reached}")
+    if problem := keep_report(bundle, report):
+        click.echo(f"gtr-export verify: the report is not kept in the bundle: {problem}", err=True)
+    elif not as_json:
+        echo(f"written to {bundle / 'reports' / report.file}")
     if report.failed:
         context.exit(1)
 
@@ -272,7 +281,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
         ("tools", ", ".join(f"{key} {value}" for key, value in manifest.tools.items())),
         ("evidence", _evidence(opened)),
     ):
-        click.echo(f"{label:10} {text}")
+        echo(f"{label:10} {text}", " " * 11)
     rows = [
         [kind, str(entry.opset), f"{entry.bytes / 2**20:.1f}", signature(entry.inputs, entry.outputs, dtypes=False)]
         for kind, entry in opened.graphs.items()
@@ -302,8 +311,11 @@ def models(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    table = [[f"{v:,}" if k == "parameters" else str(v) for k, v in row.items()] for row in rows]
-    print_table(list(rows[0]), table)
+    table = [{k: f"{v:,}" if k == "parameters" else str(v) for k, v in row.items()} for row in rows]
+    where = ("model", "asked for", "weights")
+    sizes = [name for name in rows[0] if name not in where[1:]]
+    for chosen in (sizes, where):
+        print_table(chosen, [[row[name] for name in chosen] for row in table])
 
 
 @main.command()

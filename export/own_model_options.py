@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..runtime.commands.console import print_json, print_table
+from ..runtime.commands.console import echo, print_json, print_table
 from ..runtime.commands.option_groups import given, with_options
 
 
@@ -88,5 +88,5 @@ def inspect_checkpoint(path: Path, as_json: bool) -> None:
     rows += [[name, "?", question] for name, question in found.missing.items()]
     print_table(["what", "size", "from"], rows, title=f"{path.name}: {taken}")
     if known:
-        click.echo(f"these are the sizes of {known}")
-    click.echo(f"next: {following}")
+        echo(f"these are the sizes of {known}")
+    echo(f"next: {following}")

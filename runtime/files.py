@@ -149,7 +149,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     if source.suffix != ".data":
         with contextlib.suppress(OSError):
-            os.link(source, target)
+            os.link(source.resolve(), target)  # not a link itself, which may lead elsewhere from there
             return
     shutil.copy2(source, target)
 
@@ -160,16 +160,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def inside(folder: Path, relative: str) -> Path:
-    """``folder / relative``, for a plain relative POSIX path that stays inside ``folder``, links followed.
+def named(folder: Path, relative: str) -> Path:
+    """``folder / relative``, for a plain relative POSIX path; links may lead out of ``folder`` all the same.
 
     Raises:
-        BundleError: the path is absolute, climbs out, or leads out through a link.
+        BundleError: the path is absolute, or climbs out.
     """
     parts = PurePosixPath(relative)
     if not relative or parts.is_absolute() or ".." in parts.parts or "\\" in relative or "\0" in relative:
         raise BundleError(f"{relative!r} is not a path inside the bundle {folder}")
-    path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
+    return folder / relative
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Whether ``path`` is not below ``folder`` once links are followed."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """The same, of a path that stays inside ``folder``, links followed.
+
+    Raises:
+        BundleError: the path is absolute, climbs out, or leads out through a link.
+    """
+    path = named(folder, relative)
+    if leads_out(folder, path):
         raise BundleError(f"{relative!r} leads outside the bundle {folder}")
     return path

@@ -24,6 +24,7 @@ from ...runtime.backends.tensorrt.library import LogCollector
 from ...runtime.bundle.engine_sets import FLAVOURS
 from ...runtime.bundle.graph_file import GraphFile
 from ...runtime.commands.console import Phases, Reporter
+from ...runtime.commands.stop import raise_for
 from ...runtime.errors import BackendError
 from ...runtime.files import atomic_path, cache_dir
 from ...runtime.machine.examine import INSTALL
@@ -75,7 +76,7 @@ def build_graph(
         BundleError: its files were replaced meanwhile.
         BackendError: Polygraphy is missing, the graph does not parse, or it cannot be built; the first line names the
             graph, and each error of the library has a line.
-        KeyboardInterrupt: Ctrl-C during the build; nothing has been written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM during the build; nothing has been written.
     """
     polygraphy = _Polygraphy(target.flavour)
     trt, log = target.trt, LogCollector(target.trt)
@@ -87,7 +88,7 @@ def build_graph(
         _parse(trt, network, log, graph, spec)
         layers = network_layers(trt, network)
         phases.finish("parse")
-        with _cancelled_by_ctrl_c() as cancelled:
+        with _cancelled_by_signals() as cancelled:
             monitor = _monitor(trt, phases, cancelled)
             config = polygraphy.configure(builder, network, spec, profiles, target, settings, monitor)
             timings = _Timings(trt, config, target)
@@ -95,7 +96,7 @@ def build_graph(
             if monitor.error is not None:
                 raise monitor.error
             if cancelled.is_set():
-                raise KeyboardInterrupt
+                raise_for(cancelled.number)
         if serialized is None:
             raise BackendError(_failure(f"{FLAVOURS[target.flavour]} cannot build the {spec.kind} engine", log, target))
         seconds = time.monotonic() - start
@@ -137,7 +138,7 @@ def _failure(first: str, log: LogCollector, target: Target) -> str:
 
 
 def _build(builder: Any, network: Any, config: Any) -> Any:
-    """In a thread of its own: Python runs the handler of Ctrl-C in the main thread only, which must not be inside."""
+    """In a thread of its own: Python runs the handler of signals in the main thread only, which must not be inside."""
     results: list[Any] = []
     failures: list[BaseException] = []
 
@@ -156,18 +157,28 @@ def _build(builder: Any, network: Any, config: Any) -> Any:
     return results[0]
 
 
+class _Cancelled(threading.Event):
+    """An event with the signal that set it."""
+
+    number: int = signal.SIGINT
+
+    def receive(self, number: int, _: Any) -> None:
+        self.number = number
+        self.set()
+
+
 @contextmanager
-def _cancelled_by_ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets instead of raising KeyboardInterrupt, which would leave the library running."""
-    cancelled = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield cancelled
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: cancelled.set())
+def _cancelled_by_signals() -> Iterator[_Cancelled]:
+    """An event that signals set instead of raising KeyboardInterrupt, which would leave the library running."""
+    cancelled, before = _Cancelled(), {}
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, cancelled.receive)
         yield cancelled
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _monitor(trt: ModuleType, phases: Phases, cancelled: threading.Event) -> Any:

@@ -29,6 +29,7 @@ from ...runtime.backends.protocol import Backend
 from ...runtime.backends.row import BackendOptions
 from ...runtime.backends.tensorrt.backend import TensorRTBackend
 from ...runtime.bundle.engine_sets import FLAVOURS, EngineSet, choose_engines
+from ...runtime.bundle.links import plain_files
 from ...runtime.bundle.reader import Bundle
 from ...runtime.commands.console import Reporter
 from ...runtime.commands.watch import watch_calls
@@ -128,7 +129,7 @@ def verify(
     images: int = 2,
     engine: str = "onnxruntime",
 ) -> Report:
-    """Climbs the rungs and writes ``reports/parity.json``, or ``parity-<engine>.json``, into the bundle.
+    """Climbs the rungs. Writes nothing into the bundle; :func:`keep_report` does.
 
     Args:
         engine: a backend's name; ``onnxruntime`` on the CPU, the bundle's engines of a flavour on the GPU.
@@ -172,8 +173,19 @@ def verify(
             if isinstance(backend, OnnxRuntimeBackend) and not report.failed:
                 _respacing(backend, bundle, report, reporter, weights)
         _skip_the_rest(report, why_not)
-    bundle.write_report(report.file.removesuffix(".json"), report.to_json())
     return report
+
+
+def keep_report(folder: Path, report: Report) -> str | None:
+    """Writes ``reports/parity.json``, or ``parity-<engine>.json``, into the bundle; why that could not be, or None. The
+    checks took minutes, and hold without it."""
+    try:
+        Bundle.load(folder).write_report(report.file.removesuffix(".json"), report.to_json())
+    except OSError as error:
+        return f"{error.filename or folder}: {error.strerror or error}"
+    except BundleError as error:
+        return str(error)
+    return None
 
 
 def _respacing(
@@ -254,7 +266,10 @@ def _opened(bundle: Bundle, engine: str, scratch: Path) -> Backend:
     if bundle.precision == "bf16":
         from ..graphs.bfloat16 import widen
 
-        widened = {kind: widen(graph.path, scratch / graph.path.name) for kind, graph in graphs.items()}
+        widened = {}
+        for kind, graph in graphs.items():
+            with plain_files(graph) as plain:
+                widened[kind] = widen(plain.path, scratch / plain.path.name)
         return OnnxRuntimeBackend(widened)
     return OnnxRuntimeBackend(graphs, optimised=bundle.precision != "fp8")
 

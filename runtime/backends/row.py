@@ -101,8 +101,7 @@ class BackendRow:
         if _numbers(found) >= self.oldest:
             return ""
         oldest = ".".join(map(str, self.oldest))
-        upgrade = self.install.replace("install", "install --upgrade", 1)
-        return f"{self.library} {found} is too old, {oldest} is needed; {upgrade}"
+        return f"{self.library} {found} is too old, {oldest} is needed; {self.install}"
 
     def refusal(self, bundle: Bundle, machine: Machine) -> str:
         """Why it does not run this bundle on this machine; empty if it does."""

@@ -128,6 +128,7 @@ class GraphFile:
         stamps: each file with what :func:`stamp` said when it was compared, and its SHA-256 if that was compared, too.
         outputs: what it says that it gives; a library may find something else in it.
         precisions: what its weights are in, in the words of ``graphs.PRECISIONS``.
+        linked: its data file, the second stamp's, is a link that leads out of the bundle (links.py).
     """
 
     path: Path
@@ -135,6 +136,7 @@ class GraphFile:
     stamps: tuple[tuple[Path, tuple[int, ...], str | None], ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     precisions: frozenset[str] = frozenset()
+    linked: bool = False
 
     def confirm(self) -> None:
         """To be called once a library has opened the files by their names: they are still those that were compared.

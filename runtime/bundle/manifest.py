@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path, PurePath
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
@@ -19,7 +20,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, structs
 
 from ..errors import BundleError, printable
-from ..files import LFS_POINTER, atomic_path, inside, read_json_and_bytes, sha256
+from ..files import LFS_POINTER, atomic_path, leads_out, named, read_json_and_bytes, sha256
 from ..models.graphs import PRECISIONS, TensorSpec
 from ..sampling.shapes import Profile
 from .fields import Count, Name, Sha256, Text
@@ -55,30 +56,37 @@ class StoredFile(Struct, frozen=True, forbid_unknown_fields=True):
 
     @contextlib.contextmanager
     def opened(self, folder: Path, checksums: bool = True) -> Iterator[BinaryIO]:
-        """The file, open and at its beginning, once it is what the manifest says.
+        """The file, open and at its beginning, once it is what the manifest says. One that a link leads to, out of the
+        bundle, is always compared, whatever ``checksums`` says.
 
         Raises:
             BundleError: missing, outside the bundle, not a plain file, of another size or checksum.
         """
-        path = inside(folder, self.file)
+        path, linked = self.place(folder)
         try:
             if not path.is_file():  # a pipe would be waited for
                 raise FileNotFoundError
-            file = path.open("rb")
+            file = open(path, "rb", opener=_unwaiting)  # noqa: SIM115
         except (OSError, ValueError):
             raise BundleError(
                 f"{path} is missing from the bundle; copy the bundle again or run gtr-export build"
             ) from None
         with file:
-            size = os.fstat(file.fileno()).st_size
-            if size != self.bytes:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    raise BundleError(f"{path} is a Git LFS pointer, not the file; run git lfs pull in the bundle")
-                raise BundleError(f"{path} has {size} bytes, the manifest says {self.bytes}; copy the bundle again")
-            if checksums:
-                self.compare(path, hashlib.file_digest(file, "sha256").hexdigest())
-                file.seek(0)
+            try:
+                self._measure(file, path, checksums or linked)
+            except OSError as error:
+                raise BundleError(f"{path} cannot be read: {error.strerror}") from None
             yield file
+
+    def _measure(self, file: BufferedReader, path: Path, checksums: bool) -> None:
+        size = os.fstat(file.fileno()).st_size
+        if size != self.bytes:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise BundleError(f"{path} is a Git LFS pointer, not the file; run git lfs pull in the bundle")
+            raise BundleError(f"{path} has {size} bytes, the manifest says {self.bytes}; copy the bundle again")
+        if checksums:
+            self.compare(path, hashlib.file_digest(file, "sha256").hexdigest())
+            file.seek(0)
 
     def compare(self, path: Path, found: str) -> None:
         """Raises:
@@ -96,7 +104,20 @@ class StoredFile(Struct, frozen=True, forbid_unknown_fields=True):
             BundleError: see :meth:`opened`.
         """
         with self.opened(folder, checksums):
-            return inside(folder, self.file)
+            return self.place(folder)[0]
+
+    def place(self, folder: Path) -> tuple[Path, bool]:
+        """Where it lies, and whether a link leads out of the folder to it.
+
+        Raises:
+            BundleError: its path is absolute, or climbs out.
+        """
+        path = named(folder, self.file)
+        return path, leads_out(folder, path)
+
+
+def _unwaiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that has just taken the file's place
 
 
 class GraphFiles(Struct, frozen=True, forbid_unknown_fields=True):

@@ -133,26 +133,28 @@ class Bundle:
         return {kind: graph.path for kind, graph in self.graph_files(checksums, target).items()}
 
     def _graph_file(self, entry: GraphEntry, files: GraphFiles, checksums: bool) -> GraphFile:
-        path, data = inside(self.folder, files.model.file), files.data
+        (path, linked), data = files.model.place(self.folder), files.data
         if files.model.bytes > MAX_MODEL_BYTES:
             raise BundleError(f"{path} has {files.model.bytes} bytes; weights of that size lie in a data file")
         if data and data.file != data_file(PurePosixPath(files.model.file)).as_posix():
             raise BundleError(f"{path} has the data file {data.file!r} in the manifest, which is not called like it")
         with files.model.opened(self.folder, checksums=False) as file:
-            stamps = [(path, stamp(os.fstat(file.fileno())), files.model.sha256 if checksums else None)]
+            stamps = [(path, stamp(os.fstat(file.fileno())), files.model.sha256 if checksums or linked else None)]
             model = file.read()
-        if checksums:
+        if checksums or linked:
             files.model.compare(path, hashlib.sha256(model).hexdigest())
         try:
             name, size = (PurePosixPath(data.file).name, data.bytes) if data else (None, 0)
             precisions = check_graph(model, entry.inputs, entry.outputs, entry.opset, name, size)
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None
+        linked = False
         if data:
+            place, linked = data.place(self.folder)
             with data.opened(self.folder, checksums) as file:
                 status = os.fstat(file.fileno())
-                stamps.append((inside(self.folder, data.file), stamp(status), data.sha256 if checksums else None))
-        return GraphFile(path, model, tuple(stamps), entry.outputs, precisions)
+                stamps.append((place, stamp(status), data.sha256 if checksums or linked else None))
+        return GraphFile(path, model, tuple(stamps), entry.outputs, precisions, linked)
 
     def engine_paths(self, engines: EngineSet, checksums: bool = True) -> dict[str, Path]:
         """Graph kind to checked engine file.
@@ -177,7 +179,7 @@ class Bundle:
     def write_report(self, name: str, value: Mapping[str, Any]) -> Path:
         """Writes ``reports/<name>.json`` and lists it in the manifest, both atomically."""
         relative = f"reports/{name}.json"
-        write_json(inside(self.folder, relative), value)
+        write_json(inside(self.folder, "reports") / f"{name}.json", value)  # in the place of a link, not where it leads
         self._written(reports={**self.manifest.reports, name: StoredFile.of(self.folder, relative)})
         return self.folder / relative
 

@@ -12,8 +12,9 @@ import click
 from ..errors import BackendError, UsageError
 from ..sampling.named import named_plan, split_plans
 from .backend_options import backend_options, load_pipeline
-from .console import Reporter, print_json, print_table
+from .console import Reporter, echo, print_json, print_table
 from .plan_options import plan_options
+from .stop import if_stopped
 
 if TYPE_CHECKING:
     from ..backends.row import BackendOptions
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 )
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@if_stopped("nothing is kept; the same command starts again")
 def bench(
     bundle: Path,
     plan: str,
@@ -83,7 +85,7 @@ def bench(
         return
     _print(opened, found)
     for verdict in verdicts:
-        click.echo(verdict)
+        echo(verdict)
 
 
 def _sizes(text: str) -> list[int]:
@@ -143,20 +145,21 @@ def _verdicts(found: Mapping[str, Sequence[Measurement]], taken: str) -> list[st
 
 
 def _print(bundle: Bundle, found: Mapping[str, Sequence[Measurement]]) -> None:
-    """The table. Peak memory is the process's, so it says nothing of the second of several backends."""
+    """Two tables. Peak memory is the process's, so it says nothing of the second of several backends."""
     from .timing import PARTS
 
-    columns = ["backend", "plan", "batch", "median s", "p5 s", "p95 s", "images/s", "peak MiB", *PARTS]
-    rows, alone = [], len(found) == 1
+    alone = len(found) == 1
+    first = ["plan", "batch"] if alone else ["backend", "plan", "batch"]
+    times, shares = [], []
     for name, measurements in found.items():
         for measurement in measurements:
             figures = measurement.to_json()
-            seconds = (f"{figures[key]:.3f}" for key in ("median", "p5", "p95"))
-            speed, peak = f"{measurement.images_per_second:.2f}", f"{measurement.peak_memory / 2**20:.0f}"
-            shares = (f"{measurement.shares[part]:.1%}" for part in PARTS)
-            rows.append([name, measurement.plan, str(measurement.batch_size), *seconds, speed, peak, *shares])
-    needless = columns.index("backend" if alone else "peak MiB")
-    for row in (columns, *rows):
-        del row[needless]
+            which = [name, measurement.plan, str(measurement.batch_size)][3 - len(first) :]
+            seconds = [f"{figures[key]:.3f}" for key in ("median", "p5", "p95")]
+            peak = [f"{measurement.peak_memory / 2**20:.0f}"] if alone else []
+            times.append([*which, *seconds, f"{measurement.images_per_second:.2f}", *peak])
+            shares.append([*which, *(f"{measurement.shares[part]:.1%}" for part in PARTS)])
     title = f"{bundle.architecture.name}, {bundle.precision}" + (f", {next(iter(found))}" if alone else "")
-    print_table(columns, rows, title=title)
+    columns = [*first, "median s", "p5 s", "p95 s", "images/s", *(["peak MiB"] if alone else [])]
+    print_table(columns, times, title=title)
+    print_table([*first, *PARTS], shares, title="where the time goes")

@@ -12,10 +12,11 @@ import click
 from ..errors import UsageError
 from ..sampling.named import named_plan, split_plans
 from .backend_options import backend_options, load_pipeline
-from .console import Reporter, print_json, print_table
+from .console import Reporter, echo, print_json, print_table
 from .plan import flops_text
 from .plan_options import plan_options
 from .request_options import RequestOptions, request_options
+from .stop import if_stopped
 
 if TYPE_CHECKING:
     from ..backends.row import BackendOptions
@@ -31,6 +32,7 @@ _MOST_PLANS, _MOST_COLUMNS = 20, 16
 @click.option("--grid", type=click.Path(path_type=Path), default=Path("compare.png"), show_default=True, help="A PNG.")
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@if_stopped("nothing is drawn; the same command starts again")
 def compare(
     bundle: Path,
     requests: RequestOptions,
@@ -89,4 +91,4 @@ def compare(
         print_json({"model": opened.architecture.name, "grid": str(grid), "seeds": seeds, "plans": rows})
         return
     print_table(["plan", "AR steps", "s per image", "FLOPs"], [list(line) for line in margin])
-    click.echo(f"grid: {grid}")
+    echo(f"grid: {grid}")

@@ -5,19 +5,20 @@ Results go to standard output, everything else to standard error, so that ``--js
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NoReturn
 
 import click
 
 from ..errors import GtrError, UsageError, printable
+from . import terminal
+from .stop import Terminated, terminable
 
 DEBUG_VARIABLE = "GTR_DEBUG"
 """Set to anything, it shows the traceback of an error that nobody foresaw."""
@@ -27,13 +28,16 @@ _LONGEST_LINE = 2000  # of what is printed: names in it may be somebody else's
 
 
 class CommandGroup(click.Group):
-    """A click group whose every error is one line: exit 2 for bad usage, 1 for failure, 130 for Ctrl-C."""
+    """A click group whose every error is one line: exit 2 for bad usage, 1 for failure, 130 for Ctrl-C, 143 for
+    SIGTERM."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        terminal.prepare()
         kwargs["standalone_mode"] = False
         name = kwargs.get("prog_name") or self.name or "gtr"
         try:
-            code = super().main(*args, **kwargs)
+            with terminable():
+                code = super().main(*args, **kwargs)
         except click.UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # which click 8.1 does not have
                 click.echo(error.format_message())
@@ -50,9 +54,11 @@ class CommandGroup(click.Group):
         except OSError as error:
             click.echo(f"{name}: {error.filename or 'file error'}: {error.strerror or error}", err=True)
             code = 1
-        except (KeyboardInterrupt, click.Abort):
-            click.echo(f"{name}: stopped", err=True)
-            code = 130
+        except (KeyboardInterrupt, click.Abort) as error:
+            stopped = error.__cause__ if isinstance(error, click.Abort) else error
+            line = f"; {stopped.args[0]}" if stopped and stopped.args else ""
+            click.echo(f"{name}: stopped{line}", err=True)
+            code = 143 if isinstance(stopped, Terminated) else 130
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE):
                 raise
@@ -60,6 +66,13 @@ class CommandGroup(click.Group):
             click.echo(f"{name}: unforeseen error, {what}; {DEBUG_VARIABLE}=1 shows where", err=True)
             code = 1
         sys.exit(code if isinstance(code, int) else 0)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole first sentences, where click cuts them."""
+        named = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, command.get_short_help_str(limit=1000)) for name, command in named if command]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 def _one_line(text: str) -> str:
@@ -71,41 +84,60 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+def echo(text: str, indent: str = "") -> None:
+    """A line on standard output, wrapped where a terminal is narrower; ``indent`` begins the lines after the first."""
+    click.echo(terminal.wrapped(text, terminal.columns(sys.stdout), indent))
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """A table on standard output, its title in a line above; columns of numbers are right-aligned.
 
-    On a terminal the last column wraps, between words: a path, a command or a number that is broken over two lines can
-    be neither read nor copied, so what does not fit runs over.
+    Where a terminal is narrower, headings and then the widest columns wrap, between words. What does not fit then runs
+    over.
     """
-    from rich.box import SIMPLE_HEAD
     from rich.cells import cell_len
-    from rich.console import Console
-    from rich.table import Table
+
+    def widest(texts: Iterable[str]) -> int:
+        return max(map(cell_len, texts), default=0)
 
     rows = [["\n".join(printable(line, _LONGEST_LINE) for line in cell.split("\n")) for cell in row] for row in rows]
     if title:
-        click.echo(printable(title, _LONGEST_LINE))
-    padding = 3 * len(columns) + 2
-    if sys.stdout.isatty():
-        others = sum(max(map(cell_len, cells)) for cells in list(zip(columns, *rows, strict=True))[:-1])
-        width = max(24, Console().width - others - padding)
-        wrap = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
-        rows = [[*row[:-1], wrap(row[-1])] for row in rows]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    needed = padding
-    for index, column in enumerate(columns):
-        width = max(cell_len(line) for text in (column, *(row[index] for row in rows)) for line in text.split("\n"))
-        numeric = all(_looks_numeric(row[index]) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True, min_width=width)
-        needed += width
-    for row in rows:
-        table.add_row(*row)
-    # Wide enough for the table, whatever the terminal: a line that runs over is still whole when it is copied.
-    # Without a height rich ignores the width where TERM is dumb: it takes 80 columns and cuts paths.
-    Console(file=sys.stdout, width=needed, height=25, highlight=False, markup=False, emoji=False).print(table)
+        echo(printable(title, _LONGEST_LINE))
+    numeric = [all(map(_looks_numeric, cells)) for cells in zip(*rows, strict=True)] or [False] * len(columns)
+    limit = terminal.columns(sys.stdout)
+    table, gap = [list(columns), *rows], 3
+    widths = [widest("\n".join(cells).split("\n")) for cells in zip(*table, strict=True)]
+
+    if limit is not None and sum(widths) + gap * (len(columns) - 1) > limit:
+        gap = 2
+        room = limit - gap * (len(columns) - 1)
+        least = [widest("\n".join(cells).split()) for cells in zip(*table, strict=True)]
+        bodies = [widest("\n".join(cells).split("\n")) for cells in zip(*rows, strict=True)]
+        for index, body in enumerate(bodies):  # headings first
+            widths[index] = max(least[index], body, widths[index] - max(0, sum(widths) - room))
+        while sum(widths) > room and (able := [i for i in range(len(widths)) if widths[i] > least[i]]):
+            widths[max(able, key=lambda index: widths[index])] -= 1
+        table = [[terminal.wrapped(cell, width) for cell, width in zip(row, widths, strict=True)] for row in table]
+
+    def line(cells: Sequence[str]) -> str:
+        sides = zip(cells, widths, numeric, strict=True)
+        padded = [" " * (w - cell_len(c)) + c if right else c + " " * (w - cell_len(c)) for c, w, right in sides]
+        return (" " * gap).join(padded).rstrip()
+
+    def whole(row: Sequence[str]) -> list[str]:
+        return [line(cells) for cells in itertools.zip_longest(*(cell.split("\n") for cell in row), fillvalue="")]
+
+    lines = [
+        *whole(table[0]),
+        "─" * (sum(widths) + gap * (len(columns) - 1)),
+        *(one for row in table[1:] for one in whole(row)),
+    ]
+    click.echo("\n".join(["", *lines, ""]))
 
 
 def _looks_numeric(text: str) -> bool:
+    if text.count(" ") > 3:  # a sentence that begins with a number
+        return False
     return not text or text[0].isdigit() or (text[0] in "-+<." and text[1:2].isdigit())
 
 
@@ -121,7 +153,8 @@ class Reporter:
         self._shown: Any = None  # the live display that is running
 
     def say(self, text: str) -> None:
-        """One line; above the live display, if one is running."""
+        """One line, wrapped where a terminal is narrower; above the live display, if one is running."""
+        text = terminal.wrapped(text, terminal.columns(sys.stderr))
         if self._shown is not None:
             self._shown.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         elif not self._quiet:

@@ -14,7 +14,7 @@ from ..backends.row import BackendRow
 from ..bundle.reader import Bundle
 from ..errors import BundleError
 from ..machine.examine import INSTALL, Machine, examine_machine
-from .console import print_json, print_table
+from .console import echo, print_json, print_table
 
 #: Subjects of the findings that decide whether something can run start with this.
 BACKEND = "backend "
@@ -125,6 +125,6 @@ def doctor(context: click.Context, bundle: Path | None, as_json: bool) -> None:
     else:
         print_table(["what", "status", "detail"], [[f.subject, f.status, f.detail] for f in findings])
         what = bundle if bundle is not None else "bundles"
-        click.echo(f"{what} can be run by: {', '.join(able) or 'nothing on this machine'}")
+        echo(f"{what} can be run by: {', '.join(able) or 'nothing on this machine'}")
     if opened is not None and not able:
         context.exit(1)

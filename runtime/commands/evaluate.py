@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import click
 from ..errors import GtrError, UsageError
 from ..sampling.named import named_plan, split_plans
 from .backend_options import backend_options, load_pipeline
-from .console import Reporter, print_json, print_table
+from .console import Reporter, echo, print_json, print_table
 from .plan_options import plan_options
 from .request_options import image_settings
+from .stop import if_stopped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +39,7 @@ HEADINGS = {
 }
 
 
+_MOST_PAIRS = 6
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -136,15 +139,16 @@ def evaluate(
     pipeline = click.get_current_context().with_resource(load_pipeline(opened, engine, reporter))
     batch = batch_size or min(images, opened.max_batch)
     results: list[Evaluated] = []
-    for name, resolved in zip(names, plans, strict=True):
-        folder = None if save_images is None else save_images / name
-        results.append(_evaluated(_Job(opened, pipeline, resolved, requests, seed, batch, folder), measure, reporter))
+    kept = "nothing is kept; with --save-images FOLDER the same command goes on where it stopped"
+    if save_images is not None:
+        kept = f"finished images are in {save_images}; the same command goes on from there"
+    with if_stopped(kept):
+        for name, resolved in zip(names, plans, strict=True):
+            folder = None if save_images is None else save_images / name
+            job = _Job(opened, pipeline, resolved, requests, seed, batch, folder)
+            results.append(_evaluated(job, measure, reporter))
     differences = [{} if result is results[0] else result.tally.less(results[0].tally) for result in results]
     timed = [(result, result.seconds) for result in results if result.seconds is not None]
-    if plot is not None and timed:
-        points = [Point(one.plan.settings.name, cost, one.figures["frechet_distance"]) for one, cost in timed]
-        title = f"{architecture.name}, {images} images, {pipeline.backend.name}"
-        plot_front(plot, title, points, "seconds per image", "Frechet distance")
     if as_json:
         print_json(
             {
@@ -163,8 +167,12 @@ def evaluate(
         )
     else:
         _print(results, differences, f"{architecture.name}, {opened.precision}, {images} images, {measure.reference}")
-        if plot is not None and timed:
-            click.echo(f"plot: {plot}")
+    if plot is not None and timed:  # last: a disk that is full costs the plot alone
+        points = [Point(one.plan.settings.name, cost, one.figures["frechet_distance"]) for one, cost in timed]
+        title = f"{architecture.name}, {images} images, {pipeline.backend.name}"
+        plot_front(plot, title, points, "seconds per image", "Frechet distance")
+        if not as_json:
+            echo(f"plot: {plot}")
     if plot is not None and not timed:
         raise GtrError("--plot needs times: every image was read from --save-images, and none was made")
 
@@ -280,35 +288,49 @@ def _read(files: Mapping[Path, Mapping[str, Any]]) -> NDArray[np.uint8] | None:
 
 
 def _print(results: Sequence[Evaluated], differences: Sequence[Mapping[str, Estimate]], title: str) -> None:
-    shown = [name for name in HEADINGS if any(name in result.figures for result in results)]
-    headings = ["plan", *(HEADINGS[name] for name in shown)]
-    rows = [
-        [
-            result.plan.settings.name,
-            *(_cell(name, result.figures.get(name)) for name in shown),
-            "" if result.seconds is None else f"{result.seconds:.3f}",
-            f"{result.plan.flops / 1e9:.2f}",
-        ]
-        for result in results
+    """A line per figure and plan: what is compared stands below each other, and fits a terminal."""
+    rows: list[list[str]] = []
+    for name, heading in HEADINGS.items():
+        for result, own in zip(results, differences, strict=True):
+            if name in result.figures:
+                cells = _cells(name, result.figures[name])
+                rows.append([heading, result.plan.settings.name, *cells, " ".join(_cells(name, own.get(name), "+"))])
+    for result in results:
+        if result.seconds is not None:
+            rows.append(["s per image", result.plan.settings.name, f"{result.seconds:.3f}", "", ""])
+    rows += [["GFLOP", result.plan.settings.name, f"{result.plan.flops / 1e9:.2f}", "", ""] for result in results]
+    for row, before in reversed(list(itertools.pairwise(rows))):
+        if row[0] == before[0]:
+            before[0] = ""
+    columns = ["", "plan", "value", "95 % interval", f"difference from {results[0].plan.settings.name}, image by image"]
+    shown = len(columns) if any(differences) else -1
+    print_table(columns[:shown], [row[:shown] for row in rows], title=title)
+    if pairs := _undecided(results):
+        which = ", ".join(pairs[:_MOST_PAIRS]) + (f" and {len(pairs) - _MOST_PAIRS} more" * (len(pairs) > _MOST_PAIRS))
+        echo(f"intervals of the Frechet distance overlap: {which}; on these numbers alone none is the better one")
+
+
+def _undecided(results: Sequence[Evaluated]) -> list[str]:
+    """The pairs of plans that their Frechet distances do not tell apart."""
+    from ..quality.plot import overlap
+
+    name = "frechet_distance"
+    return [
+        f"{one.plan.settings.name} and {other.plan.settings.name}"
+        for one, other in itertools.combinations(results, 2)
+        if overlap(one.figures[name], other.figures[name])
     ]
-    print_table([*headings, "s per image", "GFLOP"], rows, title=title)
-    if any(differences):
-        rows = [
-            [result.plan.settings.name, *(_cell(name, own.get(name), "+") for name in shown)]
-            for result, own in zip(results, differences, strict=True)
-            if own
-        ]
-        print_table(headings, rows, title=f"difference from {results[0].plan.settings.name}, image by image")
 
 
-def _cell(name: str, estimate: Estimate | None, sign: str = "") -> str:
-    """``3.97 (3.08 to 4.87)``; a share as a percentage."""
+def _cells(name: str, estimate: Estimate | None, sign: str = "") -> tuple[str, str]:
+    """``3.97`` and ``3.08 to 4.87``, or ``(+0.08 to +1.87)`` of a signed one; a share as a percentage."""
     if estimate is None:
-        return ""
+        return "", ""
 
     def text(value: float) -> str:
         return f"{value:{sign}.1%}" if name == "class_accuracy" else f"{value:{sign}.2f}"
 
     if estimate.low is None or estimate.high is None:
-        return text(estimate.value)
-    return f"{text(estimate.value)} ({text(estimate.low)} to {text(estimate.high)})"
+        return text(estimate.value), ""
+    interval = f"{text(estimate.low)} to {text(estimate.high)}"
+    return text(estimate.value), f"({interval})" if sign else interval

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..errors import GtrError, UsageError
+from ..errors import BundleError, GtrError, UsageError
 from ..sampling.named import named_plan
 from .backend_options import backend_options, load_pipeline
-from .console import Reporter, print_json
+from .console import Reporter, echo, print_json
 from .plan_options import plan_options
 from .request_options import RequestOptions, request_options
+from .stop import if_stopped
 
 if TYPE_CHECKING:
     from ..backends.row import BackendOptions
+    from ..bundle.reader import Bundle
     from ..pipeline import Pipeline
     from ..sampling.job import StepResult
     from .run_folder import Run
@@ -115,11 +117,14 @@ def generate(
     record = run.place(resume)
     size = batch_size or min(len(run.numbers), opened.max_batch)
     work = _Work(run, size, resume, trace, save_latents)
-    pipeline = context.with_resource(load_pipeline(opened, engine, reporter)) if work.batches else None
+    with if_stopped("nothing was made yet; the same command starts again"):
+        pipeline = context.with_resource(load_pipeline(opened, engine, reporter)) if work.batches else None
     run.begin(record)  # a bundle that does not load has left nothing
     for path in (grid, trace, save_latents):
         if path is not None:
             sweep(path.parent)
+    if warning := _noise_ahead(opened, resolved.settings.max_timestep):
+        reporter.say(warning)
     stop = Stop("stopping after this batch; once more stops at once", as_json)
     if pipeline is not None:
         work.make(pipeline, stop, reporter)
@@ -128,7 +133,8 @@ def generate(
         click.echo(f"stopped: {there}; the same command with --resume goes on", err=True)
         context.exit(stop.code)
     if grid is not None:
-        _draw(run, grid, f"{opened.architecture.name} · plan {plan}")
+        with if_stopped(f"{there}; the same command with --resume draws {grid}"):
+            _draw(run, grid, f"{opened.architecture.name} · plan {plan}")
     others = {"grid": grid, "trace": trace, "latents": save_latents}
     if as_json:
         print_json(
@@ -148,10 +154,10 @@ def generate(
         return
     each = f" ({work.seconds / work.made:.2f} s each)" if work.made else ""
     kept = f", {work.kept} were there" if work.kept else ""
-    click.echo(f"{work.made} images in {work.seconds:.1f} s{each}{kept} -> {out}")
+    echo(f"{work.made} images in {work.seconds:.1f} s{each}{kept} -> {out}")
     for name, path in others.items():
         if path is not None:
-            click.echo(f"{name}: {path}")
+            echo(f"{name}: {path}")
 
 
 class _Work:
@@ -249,6 +255,22 @@ class _Work:
         seeds = np.array([run.seed_of(number) for number in run.numbers], np.uint64)
         labels = run.bundle.conditioner.stored([run.request(number) for number in run.numbers])
         return latents_file(self._latents, shape, {"seeds": seeds, **labels})
+
+
+def _noise_ahead(bundle: Bundle, max_timestep: int) -> str | None:
+    """A warning where ``gtr-export verify`` has found that the checkpoint does not bear what the plan keeps; what it
+    found is in its report, and bundles without one get no warning."""
+    try:
+        found = bundle.read_report("parity")["respacing"]
+        sensitive, bears = found["sensitive"] is True, int(found["timesteps"][1])
+    except (BundleError, LookupError, TypeError, ValueError):
+        return None
+    if not sensitive or max_timestep <= bears:
+        return None
+    return (
+        f"warning: timesteps up to {max_timestep} are kept, and gtr-export verify found that this checkpoint gives "
+        f"noise above {bears}: --max-timestep {bears} avoids it"
+    )
 
 
 def _draw(run: Run, grid: Path, title: str) -> None:

@@ -12,7 +12,7 @@ from ..models.architecture import Architecture
 from ..models.families import family_of, known_models
 from ..sampling.named import named_plan
 from ..sampling.plan import ARStep, preset, resolve
-from .console import print_json, print_table
+from .console import echo, print_json, print_table
 from .plan_options import plan_options
 
 #: Of every step, in the JSON.
@@ -65,7 +65,7 @@ def show_plan(bundle: str, plan: str, overrides: Mapping[str, Any], as_json: boo
     ]
     columns = ["AR step", "stage", "known", "predicted", "in context", "diffusion steps", "cfg", "backbone", "head"]
     print_table(columns, rows, title=f"{architecture.name}, plan {resolved.settings.name}")
-    click.echo(
+    echo(
         f"{len(resolved.steps)} AR steps, {resolved.head_calls} diffusion head calls, "
         f"{flops_text(resolved.flops)} per image; {original} needs {flops_text(baseline.flops)}: {ratio:.2f}x"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class Run:
 
     def file(self, number: int) -> Path:
         """Where a picture lies; names sort as requests and seeds do, up to seed 999999."""
-        stem = self.bundle.conditioner.stem(self.request(number))
+        # The same bytes wherever: where a locale knows no UTF-8, they stand for themselves.
+        stem = os.fsdecode(self.bundle.conditioner.stem(self.request(number)).encode())
         separator = "/" if self.layout == "class" else "-"
         return self.out / f"{stem}{separator}{self.variant}-seed{self.seed_of(number):06d}.png"
 

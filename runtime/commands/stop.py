@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM in the middle of long work: the first one asks it to stop where nothing is lost, the second one
-stops it at once. Knows nothing of the work."""
+"""Ctrl-C and SIGTERM in the middle of long work. Both raise an exception, so that temporary files go; what is kept is
+said by the command (:func:`if_stopped`). Work that can end at a better place asks for it (:class:`Stop`): then the
+first signal is only noted, and the second one stops at once. Knows nothing of the work."""
 
 from __future__ import annotations
 
@@ -7,10 +8,45 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def raise_for(number: int, _: FrameType | None = None) -> NoReturn:
+    """A signal's exception."""
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While it is entered, SIGTERM raises :class:`Terminated` where it would end the process at once."""
+    able = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if able:
+        signal.signal(signal.SIGTERM, raise_for)
+    try:
+        yield
+    finally:
+        if able:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def if_stopped(line: str | Callable[[], str]) -> Iterator[None]:
+    """What is kept if a signal ends the block or the command that it decorates, and how to go on. The innermost line
+    counts."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        stopped.args = stopped.args or (line if isinstance(line, str) else line(),)
+        raise
 
 
 class StopNow(BaseException):

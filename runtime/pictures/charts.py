@@ -51,7 +51,7 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Figur
 
     Args:
         width, height: inches; text is 10 points high, so 9 inches fill a page.
-        note: smaller, under the title: what the marks mean.
+        note: smaller, under the title: what the marks mean; lines of about 110 characters.
 
     Raises:
         GtrError: matplotlib is missing.
@@ -61,7 +61,8 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Figur
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise GtrError(f"charts need matplotlib, which is not installed; {INSTALL}") from None
-    layout = ConstrainedLayoutEngine(rect=(0, 0, 0.99, 1 - (0.62 if note else 0.36) / height))
+    lines = note.count("\n") + 1 if note else 0
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 0.99, 1 - (0.42 + 0.2 * lines if note else 0.36) / height))
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     figure.text(0.1 / width, 1 - 0.08 / height, title, va="top", size=12.5, color=DARK, weight="bold")
     figure.text(0.1 / width, 1 - 0.34 / height, note, va="top", size=10, color=DARK)

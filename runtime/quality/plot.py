@@ -44,8 +44,27 @@ def front(points: Sequence[Point]) -> list[Point]:
     return found
 
 
+def overlap(one: Estimate, other: Estimate) -> bool:
+    """Whether both have an interval and these have a value in common, so that neither is shown to be better."""
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return False
+    return one.low <= other.high and other.low <= one.high
+
+
+def undecided(points: Sequence[Point]) -> list[Point]:
+    """Named points whose interval overlaps that of a faster one, and that no faster one is clearly better than."""
+    found: list[Point] = []
+    for point in points:
+        faster = [p.quality for p in points if p.name and p.cost <= point.cost and p is not point]
+        beaten = any(q.value < point.quality.value and not overlap(q, point.quality) for q in faster)
+        if point.name and not beaten and any(overlap(q, point.quality) for q in faster):
+            found.append(point)
+    return found
+
+
 def plot_front(path: Path, title: str, points: Sequence[Point], cost: str, quality: str) -> None:
-    """Writes a PNG of points with 95 % intervals; those on the front are blue and joined.
+    """Writes a PNG of points with 95 % intervals; those on the front are blue and joined, as far as intervals that do
+    not overlap say so. Where they overlap, the slower point is hollow.
 
     Args:
         points: at least one, all numbers finite.
@@ -54,20 +73,24 @@ def plot_front(path: Path, title: str, points: Sequence[Point], cost: str, quali
     Raises:
         GtrError: matplotlib is missing.
     """
+    open_ones, best = undecided(points), front(points)
     note = "lower is better; 95 % intervals; blue: no other is both faster and better"
+    if open_ones:
+        note += ";\nhollow: overlaps with a faster one, so neither is shown to be better; more images may tell"
     figure = new_figure(9, 5.6, title, note)
     axes = figure.add_subplot()
     plain(axes, "y")
     axes.set_xlabel(cost, size=10, color=DARK)
     axes.set_ylabel(quality, size=10, color=DARK)
-    best = front(points)
-    axes.step([p.cost for p in best], [p.quality.value for p in best], where="post", color=BLUE, alpha=0.4)
+    sure = [point for point in best if point not in open_ones]
+    axes.step([p.cost for p in sure], [p.quality.value for p in sure], where="post", color=BLUE, alpha=0.4)
     for point in points:
         low, value, high = point.quality.low, point.quality.value, point.quality.high
         interval = None if low is None or high is None or not point.name else [[value - low], [high - value]]
         axes.errorbar(
-            point.cost, value, yerr=interval, fmt="o",
-            color=BLUE if point in best else GREY, markersize=7 if point.name else 4, elinewidth=1.8,
+            point.cost, value, yerr=interval, fmt="o", markersize=7 if point.name else 4, elinewidth=1.8,
+            color=BLUE if point in best or point in open_ones else GREY,
+            markerfacecolor="white" if point in open_ones else None,
         )  # fmt: skip
     _scale(axes, "x", [point.cost for point in points])
     _scale(axes, "y", [point.quality.value for point in points])

@@ -203,7 +203,9 @@ def test_a_damaged_record_only_costs_time(own_bundle: Path, builder: Builder, co
 
 
 @pytest.mark.parametrize(
-    ("stop", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)], ids=["Ctrl-C", "kill"]
+    ("stop", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=["Ctrl-C", "SIGTERM", "kill"],
 )
 def test_stopped_in_the_middle(own_bundle: Path, stop: signal.Signals, code: int) -> None:
     before = (own_bundle / "manifest.json").read_bytes()
@@ -218,8 +220,9 @@ def test_stopped_in_the_middle(own_bundle: Path, stop: signal.Signals, code: int
     process.send_signal(stop)
     rest = process.stderr.read()
     assert process.wait(60) == code, rest
-    if stop == signal.SIGINT:
-        assert rest.splitlines()[-1].endswith(": stopped")
+    if stop != signal.SIGKILL:
+        kept = "finished engines are kept; the same command goes on from there"
+        assert rest.splitlines()[-1].endswith(f": stopped; {kept}")
         partial = own_bundle / "engines" / f"{KEY}.partial"
         assert sorted(path.name for path in partial.iterdir()) == ["backbone.engine", "stages.json"]
     assert (own_bundle / "manifest.json").read_bytes() == before

@@ -50,13 +50,20 @@ def test_values_that_are_not_finite_count_as_sensitive() -> None:
     assert "leave it so" in (found.warning(950) or "")
 
 
-def test_verify_warns_and_writes_it_down(own_bundle: Path, export_cli: Callable[..., Result]) -> None:
+def test_verify_warns_and_writes_it_down(
+    own_bundle: Path, export_cli: Callable[..., Result], run_cli: Callable[..., Result], tmp_path: Path
+) -> None:
     result = export_cli("verify", own_bundle, "--plans", "gtr-fast", "--images", 1)
     assert result.exit_code == 0, result.output
     assert "warning: this checkpoint is sensitive to the respacing" in result.stderr
     section = Bundle.load(own_bundle).read_report("parity")["respacing"]
     assert section["sensitive"] is True
     assert section["timesteps"] == [999, 950]
+    for largest, warned in ((950, False), (999, True)):
+        options = ["--classes", "3", "--plan", "gtr-fast", "--max-timestep", largest, "--out", tmp_path / str(largest)]
+        result = run_cli("generate", own_bundle, *options)
+        assert result.exit_code == 0
+        assert ("checkpoint gives noise above 950: --max-timestep 950 avoids it" in result.stderr) is warned
 
 
 def test_random_weights_get_no_warning(own_bundle: Path, digits_pipeline: Pipeline) -> None:

@@ -224,3 +224,31 @@ def test_relative_error() -> None:
 def test_no_claim_above_its_rung(states: list[tuple[str, str]], reached: str) -> None:
     report = Report("m", "fp32", "x", [Check(rung, "s", status) for rung, status in states])
     assert report.reached == reached
+
+
+def test_a_report_that_cannot_be_kept_costs_only_itself(own_bundle: Path, export_cli: Callable[..., Result]) -> None:
+    (own_bundle / "reports").write_text("a file where a folder should be")
+    arguments = ["verify", own_bundle, "--plans", "gtr-fast", "--images", 1]
+    result = export_cli(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "rung reached: images" in result.stdout
+    assert "written to" not in result.stdout
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("gtr-export verify: the report is not kept in the bundle: ")
+    assert str(own_bundle / "reports") in last
+    assert Bundle.load(own_bundle).read_report("parity") is None
+    told = export_cli(*arguments, "--json")
+    assert json.loads(told.stdout)["rung_reached"] == "images"
+    assert "is not kept" in told.stderr
+
+
+def test_a_failed_check_decides_whatever_becomes_of_the_report(
+    own_bundle: Path, export_cli: Callable[..., Result]
+) -> None:
+    (own_bundle / "reports").symlink_to("/")
+    graph = own_bundle / "graphs" / "decoder.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    result = export_cli("verify", own_bundle)
+    assert result.exit_code == 1
+    assert "FAILED" in result.stdout
+    assert "'reports' leads outside the bundle" in result.stderr

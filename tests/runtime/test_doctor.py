@@ -205,7 +205,7 @@ class TestDiagnosis:
             (
                 replace(EVERYTHING, versions={**VERSIONS, "tensorrt": "10.9.0.34"}),
                 "tensorrt",
-                ["tensorrt 10.9.0.34 is too old, 10.12 is needed", "install --upgrade 'gtr-deploy[tensorrt]'"],
+                ["tensorrt 10.9.0.34 is too old, 10.12 is needed", "install 'gtr-deploy[tensorrt]'"],
             ),
             (replace(EVERYTHING, gpu=None, gpu_problem="no driver"), "tensorrt", ["no driver"]),
             (replace(EVERYTHING, gpu=None), "tensorrt", ["no GPU was found"]),
@@ -224,7 +224,7 @@ class TestDiagnosis:
             (
                 replace(EVERYTHING, versions={**VERSIONS, "openvino": "2025.4.0"}),
                 "openvino",
-                ["openvino 2025.4.0 is too old, 2026.3 is needed", "install --upgrade 'gtr-deploy[openvino]'"],
+                ["openvino 2025.4.0 is too old, 2026.3 is needed", "install 'gtr-deploy[openvino]'"],
             ),
         ],
     )

@@ -101,6 +101,7 @@ def test_table_plot_and_uneven_classes(run_cli: Cli, digits_bundle: Path, tmp_pa
     assert "23 images over 10 classes: the first 3 get one more" in result.stderr
     for word in ("Frechet distance", "accuracy", "difference from gtr, image by image", "1,797 real digits"):
         assert word in result.stdout
+    assert "intervals of the Frechet distance overlap: gtr and gtr-fast; on these numbers alone" in result.stdout
     assert (tmp_path / "a" / "q.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,7 +13,7 @@ from gtr_deploy.runtime.errors import GtrError, UsageError
 from gtr_deploy.runtime.pictures import charts
 from gtr_deploy.runtime.pictures.charts import checked_target, new_figure
 from gtr_deploy.runtime.quality.estimates import Estimate
-from gtr_deploy.runtime.quality.plot import Point, front, plot_front
+from gtr_deploy.runtime.quality.plot import Point, front, overlap, plot_front, undecided
 
 
 def _points(*pairs: tuple[float, float]) -> list[Point]:
@@ -23,6 +23,30 @@ def _points(*pairs: tuple[float, float]) -> list[Point]:
 def test_front_is_what_nothing_beats() -> None:
     points = _points((1, 9), (2, 5), (3, 6), (4, 5), (5, 1), (2, 7))
     assert [p.name for p in front(points)] == ["p0", "p1", "p4"]
+
+
+def _point(name: str, cost: float, low: float | None, value: float, high: float | None) -> Point:
+    return Point(name, cost, Estimate(value, low, high))
+
+
+def test_where_intervals_overlap_no_winner_is_drawn() -> None:
+    fast, same = _point("fast", 1, 4, 5, 6), _point("same", 2, 3, 4, 5)
+    better, worse = _point("better", 3, 1, 2, 2.5), _point("worse", 4, 7, 8, 9)
+    alone = _point("alone", 5, None, 1, None)
+    assert undecided([fast, same, better, worse, alone]) == [same]
+    assert not overlap(alone.quality, better.quality)
+    assert undecided([fast, _point("", 2, 4, 5, 6)]) == []
+
+
+def test_undecided_points_are_hollow(tmp_path: Path) -> None:
+    def blue(name: str, *points: Point) -> int:
+        plot_front(tmp_path / name, "title", points, "seconds", "Frechet distance")
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        return int((pixels == (0x00, 0x72, 0xB2)).all(axis=-1).sum())
+
+    fast = _point("fast", 1, 4, 5, 6)
+    clear, touching = _point("slow", 2, 1.9, 2.9, 3.9), _point("slow", 2, 2.1, 3.1, 4.1)
+    assert blue("overlap.png", fast, touching) < blue("clear.png", fast, clear) - 50
 
 
 def test_points_are_where_their_numbers_are(tmp_path: Path) -> None:

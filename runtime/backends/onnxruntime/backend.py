@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle.graph_file import GraphFile
@@ -110,12 +111,16 @@ class OnnxRuntimeBackend(HostLoopBackend):
         if self._provider == "cuda":
             settings = {"device_id": str(self._device), "use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
             providers.insert(0, (PROVIDERS["cuda"], settings))
-        if isinstance(graph, GraphFile):
-            path, source, options = graph.path, graph.model, self._session_options()
-            options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent.resolve()))
-        else:
-            path, source, options = graph, str(graph), self._options
+        path, source, options = graph, str(graph), self._options
         try:
+            if isinstance(graph, GraphFile):
+                path, source, options = graph.path, graph.model, self._session_options()
+                if graph.linked:  # it follows no link out of the folder; the mapping is what it copies from
+                    data = graph.stamps[1][0]
+                    mapped = np.memmap(data, np.uint8, "r")
+                    options.add_external_initializers_from_files_in_memory([data.name], [mapped], [mapped.size])
+                else:
+                    options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent.resolve()))
             session = self._runtime.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
             raise BackendError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error

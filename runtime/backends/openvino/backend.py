@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle.graph_file import GraphFile
+from ...bundle.links import plain_files
 from ...errors import BackendError
 from ...machine.examine import INSTALL
 from ...machine.openvino import cpu_capabilities, import_openvino
@@ -61,22 +63,24 @@ class OpenVinoBackend(HostLoopBackend):
         self._description = "openvino cpu"
         core = openvino.Core()
         for kind, graph in graphs.items():
-            path = graph.path if isinstance(graph, GraphFile) else graph
-            model = read_onnx(openvino, path)
-            if isinstance(graph, GraphFile):
-                _check_types(model, graph)
-            low = has_bfloat16(openvino, model)
-            if low:
-                self._description = f"openvino cpu, {'bfloat16' if capable and cut else 'bfloat16 graphs in float32'}"
-            parts = split(openvino, model, kind) if low and cut else (whole(model),)
-            try:
-                self._programs[kind] = Program(openvino, core, parts, threads)
-            except BackendError:
-                raise
-            except Exception as error:  # OpenVINO's own exceptions share no base class
-                raise BackendError(f"OpenVINO cannot compile {path}: {reason(error)}") from error
-            if isinstance(graph, GraphFile):
-                graph.confirm()
+            with plain_files(graph) if isinstance(graph, GraphFile) else nullcontext(graph) as plain:
+                path = plain.path if isinstance(plain, GraphFile) else plain
+                model = read_onnx(openvino, path)
+                if isinstance(plain, GraphFile):
+                    _check_types(model, plain)
+                low = has_bfloat16(openvino, model)
+                if low:
+                    kept = "bfloat16" if capable and cut else "bfloat16 graphs in float32"
+                    self._description = f"openvino cpu, {kept}"
+                parts = split(openvino, model, kind) if low and cut else (whole(model),)
+                try:
+                    self._programs[kind] = Program(openvino, core, parts, threads)
+                except BackendError:
+                    raise
+                except Exception as error:  # OpenVINO's own exceptions share no base class
+                    raise BackendError(f"OpenVINO cannot compile {path}: {reason(error)}") from error
+                if isinstance(plain, GraphFile):
+                    plain.confirm()
 
     @property
     def description(self) -> str:
