@@ -72,7 +72,7 @@ class Modulation(nn.Module):
 
     @property
     def _products(self) -> list[Linear]:
-        return [layer.adaLN_modulation[1] for layer in (*self.res_blocks, self.final_layer)]
+        return [part for part in (*self.res_blocks.modules(), *self.final_layer.modules()) if isinstance(part, Linear)]
 
     def fuse_for_export(self) -> None:
         """One product in place of all, once. The module can no longer load or save checkpoints."""

@@ -5,21 +5,32 @@ Knows where everything lies (device_layout.py) and nothing of streams, captures 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from ...sampling.chains import modulation_parts
-from ..blocks import ALIGNMENT, padded
-from .device_layout import StepLayout
+from ..blocks import ALIGNMENT, Block, padded
+from .device_layout import DeviceLayout, StepLayout
 
-if TYPE_CHECKING:
-    from .device_program import DeviceProgram
+
+class Program(Protocol):
+    """What enqueues, and where the areas begin (device_program.py)."""
+
+    layout: DeviceLayout
+
+    def base_of(self, layout: StepLayout, name: str) -> tuple[Block, int]: ...
+
+    def call(self, kind: str, sizes: Mapping[str, int], addresses: Mapping[str, int]) -> None: ...
+
+    def copy_rows(
+        self, destination: int, pitch: int, source: int, source_pitch: int, width: int, rows: int
+    ) -> None: ...
 
 
 class StepWork:
     """Enqueues one AR step."""
 
-    def __init__(self, program: DeviceProgram, layout: StepLayout) -> None:
+    def __init__(self, program: Program, layout: StepLayout) -> None:
         self._program, self._layout = program, layout
         self._batch = program.layout.batch
         self._rows = self._batch * layout.step.predicted
