@@ -214,7 +214,7 @@ def test_stopped_in_the_middle(own_bundle: Path, stop: signal.Signals, code: int
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("modulation engine: Building engine"):
+        if line.startswith("diffusion_step engine: Building engine"):
             break
     time.sleep(0.2)
     process.send_signal(stop)
@@ -224,11 +224,11 @@ def test_stopped_in_the_middle(own_bundle: Path, stop: signal.Signals, code: int
         kept = "finished engines are kept; the same command goes on from there"
         assert rest.splitlines()[-1].endswith(f": stopped; {kept}")
         partial = own_bundle / "engines" / f"{KEY}.partial"
-        assert sorted(path.name for path in partial.iterdir()) == ["backbone.engine", "stages.json"]
+        assert sorted(path.name for path in partial.iterdir()) == ["backbone.engine", "modulation.engine", "stages.json"]
     assert (own_bundle / "manifest.json").read_bytes() == before
     result = make(own_bundle, max_batch=1, optimization_level=0)
-    assert result.cached == ["backbone"]
-    assert result.built == KINDS[1:]
+    assert result.cached == KINDS[:2]
+    assert result.built == KINDS[2:]
     bundle = Bundle.load(own_bundle)
     bundle.engine_paths(bundle.engine_sets[0])
 
