@@ -32,7 +32,7 @@ def valid() -> dict[str, Any]:
         "heads": 4,
         "head_depth": 3,
         "head_width": 128,
-        "decoder": {"kind": "kl16", "stride": 16, "patch": 1, "scale": 0.2325, "shift": 0.0},
+        "decoder": {"kind": "kl", "stride": 16, "patch": 1, "scale": 0.2325, "shift": 0.0},
     }
 
 
@@ -143,10 +143,10 @@ def test_width_must_be_a_multiple_of_heads() -> None:
     "decoder",
     [
         {"kind": "vqgan", "stride": 8},
-        {"kind": "kl16"},
-        {"kind": "kl16", "stride": 16, "scale": 0},
-        {"kind": "kl16", "stride": 16, "shift": "0"},
-        {"kind": "kl16", "stride": 10**6},
+        {"kind": "kl"},
+        {"kind": "kl", "stride": 16, "scale": 0},
+        {"kind": "kl", "stride": 16, "shift": "0"},
+        {"kind": "kl", "stride": 10**6},
         "kl16",
     ],
 )
