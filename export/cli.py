@@ -113,7 +113,7 @@ def build(
         OwnModel(**own), class_names,
     )  # fmt: skip
     if out == Path():
-        request = replace(request, out=default_out(request.name, precision, random_weights))
+        request = replace(request, out=default_out(request))
     request = resolved(request, reporter)
     entry, engines, later = request.entry(), None, None
     wanted = EngineRequest(request.out, flavour, force=force, **choices) if flavour in FLAVOURS else None

@@ -144,6 +144,7 @@ class BuildResult:
         return all(state == "cached" for state in self.stages.values())
 
 
-def default_out(model: str, precision: str, random_weights: bool) -> Path:
-    """``bundles/mar-h-fp16``, or ``bundles/mar-h-random-fp16``."""
-    return Path("bundles") / "-".join([model, *(["random"] if random_weights else []), precision])
+def default_out(request: BuildRequest) -> Path:
+    """``bundles/mar-h-fp16``, ``bundles/mar-h-random-fp16``, or without a decoder ``bundles/mar-h-latents-fp16``."""
+    words = (("random", request.random_weights), ("latents", request.own.decoder == "none"))
+    return Path("bundles") / "-".join([request.name, *(word for word, said in words if said), request.precision])

@@ -126,7 +126,8 @@ def generate(
     stop = Stop("stopping after this batch; once more stops at once", as_json)
     if pipeline is not None:
         work.make(pipeline, stop, reporter)
-    there = f"{work.made + work.kept} of {len(run.numbers)} images are in {out}"
+    what = "images" if opened.architecture.decoder.makes_pictures else "latents"
+    there = f"{work.made + work.kept} of {len(run.numbers)} {what} are in {out}"
     if stop.signal:
         click.echo(f"stopped: {there}; the same command with --resume goes on", err=True)
         context.exit(stop.code)
@@ -151,7 +152,7 @@ def generate(
         return
     each = f" ({work.seconds / work.made:.2f} s each)" if work.made else ""
     kept = f", {work.kept} were there" if work.kept else ""
-    click.echo(f"{work.made} images in {work.seconds:.1f} s{each}{kept} -> {out}")
+    click.echo(f"{work.made} {what} in {work.seconds:.1f} s{each}{kept} -> {out}")
     for name, path in others.items():
         if path is not None:
             click.echo(f"{name}: {path}")

@@ -124,11 +124,13 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     def decoding(self) -> str:
         """How latents become pictures, on one line for people."""
         decoder, (height, width) = self.decoder, self.image_size
+        latents = f"{self.cell_channels} channels, stride {decoder.stride}, patch {decoder.patch}, "
+        latents += f"scale {decoder.scale:g}, shift {decoder.shift:g}"
         if decoder.kind == "none":
-            return f"none: latents of {self.tokens} tokens x {self.token_channels} channels are what comes out"
+            unknown = decoder == Decoder(kind="none", stride=1)
+            return "none; latents are what comes out" + (f": {latents}" if not unknown else "")
         if decoder.kind == "patches":
-            kind = f"{decoder.patch}x{decoder.patch} {_COLOURS[self.cell_channels]} pixels a token"
+            latents = f"{decoder.patch}x{decoder.patch} {_COLOURS[self.cell_channels]} pixels a token"
         else:
-            kind = f"KL autoencoder, {self.cell_channels} channels, stride {decoder.stride}, patch {decoder.patch}, "
-            kind += f"scale {decoder.scale:g}, shift {decoder.shift:g}"
-        return f"{kind}; pictures of {height}x{width}"
+            latents = f"KL autoencoder, {latents}"
+        return f"{latents}; pictures of {height}x{width}"
