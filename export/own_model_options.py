@@ -13,7 +13,7 @@ import click
 from ..runtime.commands.console import print_json, print_table
 from ..runtime.commands.option_groups import given, with_options
 from ..runtime.errors import UsageError
-from .build.decoder_choice import DECODERS
+from .build.told import DECODERS
 
 
 class _Grid(click.ParamType):
@@ -89,8 +89,9 @@ def inspect_checkpoint(path: Path, as_json: bool) -> None:
     Raises:
         GtrError: it is no MAR checkpoint in the official layout, or contradicts itself.
     """
-    from .build.inference import Told, shown
+    from .build.inference import shown
     from .build.own_model import findings
+    from .build.told import Told
 
     found, taken, known = findings(path, Told())
     if not found.missing:

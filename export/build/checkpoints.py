@@ -24,9 +24,10 @@ from ...runtime.models.families import known_models
 from ...runtime.models.mar import MarArchitecture
 from ..families import export_family
 from .files import refusal
-from .inference import Told, find
+from .inference import find
 from .reading import read_checkpoint
 from .state_dicts import YOUNG, StateDict, choose, find_state_dicts, movement
+from .told import Told
 
 HEAD_PREFIX = "diffloss.net."
 _NAMED = 3  # an error names this many keys of its only kind, one of several kinds, then counts the rest

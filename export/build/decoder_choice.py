@@ -7,44 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ...runtime.errors import GtrError, UsageError
 from ...runtime.models.architecture import Decoder
 from ...runtime.models.mar import KL16
-
-if TYPE_CHECKING:
-    from .inference import Findings, Told
-
-DECODERS = ("vae", "pixels", "none")
-"""What ``--decoder`` takes: a KL autoencoder, squares of pixels, latents only."""
+from .told import Told, VaeFacts
 
 _KL16_CHANNELS = 16
 
 
-@dataclass(frozen=True)
-class VaeFacts:
-    """What a VAE's file says.
+class _Findings(Protocol):
+    """What is known so far (inference.py)."""
 
-    Attributes:
-        channels: of a latent cell.
-        stride: pixels along its side.
-        groups: of the GroupNorms.
-        scale, shift: of its config.json; None where nobody says it. Of files without one the shift is 0 where there is
-            a ``post_quant_conv``: decoders without, SD3's and FLUX's, came with a shift.
-        kl16: it has the sizes of MAR's own.
-    """
+    @property
+    def values(self) -> Mapping[str, Any]: ...
 
-    channels: int
-    stride: int
-    groups: int = 32
-    scale: float | None = None
-    shift: float | None = None
-    kl16: bool = False
+    def add(self, name: str, value: Any, origin: str) -> None: ...
 
 
-def choose_decoder(found: Findings, told: Told) -> None:
+def choose_decoder(found: _Findings, told: Told) -> None:
     """Adds ``decoder``, the kind, and what goes with it, as far as anybody says it.
 
     Raises:
@@ -75,9 +57,8 @@ def decoder_questions(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: question for name, question in asked.items() if kind == "kl" and name not in values}
 
 
-def decoder_of(found: Findings) -> Decoder:
+def decoder_of(values: Mapping[str, Any]) -> Decoder:
     """The manifest's decoder, once nothing is missing."""
-    values = found.values
     kind, stride, patch = values["decoder"], values.get("stride"), values.get("patch", 1)
     if kind == "none":
         return Decoder(kind=kind, stride=stride or 1, patch=patch)
@@ -87,7 +68,7 @@ def decoder_of(found: Findings) -> Decoder:
     return Decoder(kind=kind, stride=stride or KL16.stride, patch=patch, scale=scale, shift=shift, groups=groups)
 
 
-def _autoencoder(found: Findings, told: Told, vae: VaeFacts) -> None:
+def _autoencoder(found: _Findings, told: Told, vae: VaeFacts) -> None:
     channels, origin = found.values["token_channels"], "--vae"
     patch = math.isqrt(channels // vae.channels)
     if patch**2 * vae.channels != channels:
@@ -102,7 +83,7 @@ def _autoencoder(found: Findings, told: Told, vae: VaeFacts) -> None:
     _scale(found, told, vae)
 
 
-def _scale(found: Findings, told: Told, vae: VaeFacts) -> None:
+def _scale(found: _Findings, told: Told, vae: VaeFacts) -> None:
     own = KL16.scale if vae.kl16 else None
     for name, typed, said, origin in (
         ("scale", told.scale, vae.scale or own, "MAR's own" if vae.scale is None else "config.json"),
@@ -115,7 +96,7 @@ def _scale(found: Findings, told: Told, vae: VaeFacts) -> None:
             found.add(name, said, origin)
 
 
-def _looks_like_pixels(found: Findings) -> bool:
+def _looks_like_pixels(found: _Findings) -> bool:
     """A "VAE" whose latents are the pixels of a square themselves is no VAE, whatever the training called it."""
     if "latent_channels" not in found.values:
         return False
@@ -123,12 +104,12 @@ def _looks_like_pixels(found: Findings) -> bool:
     return channels == (stride or 1) ** 2 or (stride is not None and channels == 3 * stride**2)
 
 
-def _looks_like_kl16(found: Findings) -> bool:
+def _looks_like_kl16(found: _Findings) -> bool:
     stride = found.values.get("stride", KL16.stride)
     return (found.values.get("latent_channels"), stride) == (_KL16_CHANNELS, KL16.stride)
 
 
-def _pixels(found: Findings, told: Told) -> None:
+def _pixels(found: _Findings, told: Told) -> None:
     channels, values = found.values["token_channels"], found.values
     colours = next((c for c in (1, 3) if math.isqrt(channels // c) ** 2 * c == channels), None)
     if colours is None:

@@ -17,7 +17,8 @@ import msgspec
 from ...runtime.errors import GtrError, UsageError, printable
 from ...runtime.models.families import known_models
 from ...runtime.models.mar import MarArchitecture
-from .decoder_choice import VaeFacts, choose_decoder, decoder_of, decoder_questions
+from .decoder_choice import choose_decoder, decoder_of, decoder_questions
+from .told import Told
 
 ORIGINAL_NAMES = {"mar_base": "mar-b", "mar_large": "mar-l", "mar_huge": "mar-h"}
 """The original's ``--model`` to the same sizes here; of others only the underscores differ."""
@@ -39,20 +40,6 @@ _ASKED = {
     "grid": "how many rows and columns of tokens (--grid HxW)",
 }
 _LARGEST = 1 << 16
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a person says of a model: attention heads, latent cells along a token's side, (rows, columns) of tokens, the
-    VAE's file, one of ``decoder_choice.DECODERS``, what latents were multiplied by after something was subtracted."""
-
-    heads: int | None = None
-    patch_size: int | None = None
-    grid: tuple[int, int] | None = None
-    vae: VaeFacts | None = None
-    decoder: str | None = None
-    scale: float | None = None
-    shift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +97,7 @@ class Findings:
         """
         if self.missing:
             raise UsageError(f"does not say {', nor '.join(self.missing.values())}")
-        return self._made(name=name, decoder=msgspec.to_builtins(decoder_of(self)))
+        return self._made(name=name, decoder=msgspec.to_builtins(decoder_of(self.values)))
 
     def shapes(self) -> MarArchitecture:
         """A model of the same tensors, whatever is missing: heads, grid and patches change none."""
@@ -219,8 +206,8 @@ def _grid(found: Findings, image_size: Any, grid: tuple[int, int] | None) -> Non
 
 
 def _shape(state: Mapping[Any, Any], key: str, axes: int) -> tuple[int, ...]:
-    shape = getattr(state.get(key), "shape", ())
-    if len(shape) != axes:
+    shape = getattr(state.get(key), "shape", ())  # of a Namespace it may be anything
+    if not isinstance(shape, tuple) or len(shape) != axes or not all(type(length) is int for length in shape):
         hint = "give the model's own checkpoint"
         if "decoder.conv_in.weight" in state:
             hint = "this looks like the VAE, give it with --vae"

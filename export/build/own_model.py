@@ -18,9 +18,9 @@ from ...runtime.models.family import KnownModel
 from ...runtime.models.mar import MarArchitecture
 from ..zoo import KL16, ModelEntry
 from .class_names import read_class_names
-from .decoder_choice import VaeFacts
-from .inference import Findings, Told, find
+from .inference import Findings, find
 from .request import AUTO, BuildRequest
+from .told import Told, VaeFacts
 
 NEUTRAL_PLAN = {"cfg": 1.0, "cfg_schedule": "linear", "max_timestep": 999, "temperature": 1.0}
 """Plans on a model of one's own start from these: the defaults of the original's main_mar.py, which are no guidance."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...runtime.errors import UsageError, printable
 from ...runtime.models.graphs import PRECISIONS
 from ..zoo import MODELS, ModelEntry
-from .decoder_choice import DECODERS
+from .told import DECODERS
 
 WEIGHTS = ("auto", "ema", "model")
 """Which weights of a checkpoint: EMA where the file has it, EMA, or the last ones of the training."""
@@ -33,7 +33,7 @@ AUTO = "auto"
 @dataclass(frozen=True)
 class OwnModel:
     """What a person says of a model that has no name here, each only where the file does not: a name for it, attention
-    heads, latent cells along a token's side, (rows, columns) of tokens, the decoder (of ``decoder_choice.DECODERS``),
+    heads, latent cells along a token's side, (rows, columns) of tokens, the decoder (of ``told.DECODERS``),
     what latents were multiplied by after something was subtracted. ``none`` leaves any model's decoder out."""
 
     name: str | None = None

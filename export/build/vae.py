@@ -22,10 +22,10 @@ from ...runtime.models.architecture import Architecture, Size
 from ..graphs.decoders import LatentDecoder, build_decoder
 from ..graphs.kl_decoder import KL16_LAYOUT, KlLayout, layout_of
 from .checkpoints import Taken, compare, looks_like, random_tensor, shapes_of, usable
-from .decoder_choice import VaeFacts
 from .files import DIFFUSERS, read_config, refusal, weights_file
 from .reading import read_checkpoint
 from .state_dicts import StateDict, choose, find_state_dicts
+from .told import VaeFacts
 
 UNUSED = ("encoder.", "quant_conv.", "loss.", "model_ema.")
 """Parts of a VAE file that decoding does not need."""
@@ -59,7 +59,7 @@ class _Config(Struct, frozen=True, rename={"kind": "_class_name"}):
 
 class _Vae(NamedTuple):
     found: StateDict
-    state: Mapping[Any, Any]
+    state: Mapping[str, Any]
     layout: KlLayout
     config: _Config | None
     names: str
@@ -135,8 +135,9 @@ def random_vae_decoder(architecture: Architecture, seed: int) -> dict[str, Tenso
 def _read(path: Path, architecture: Architecture | None) -> _Vae:
     config = _config(path)
     found = choose(path, find_state_dicts(read_checkpoint(path), _LANDMARKS), "auto", _LANDMARKS)
-    state = {key: value for key, value in found.entries.items() if not str(key).startswith(UNUSED)}
-    theirs = any(str(key).startswith(("decoder.up_blocks.", "decoder.mid_block.")) for key in state)
+    entries = {str(key): value for key, value in found.entries.items()}
+    state = {key: value for key, value in entries.items() if not key.startswith(UNUSED)}
+    theirs = any(key.startswith(("decoder.up_blocks.", "decoder.mid_block.")) for key in state)
     names = ""
     if theirs:
         state, names = _renamed(path, state), " (in latent diffusion's names)"
@@ -158,15 +159,14 @@ def _no_decoder(path: Path, problems: str, names: str, found: StateDict, archite
     return refusal(path, f"does not hold the VAE decoder{whose}: {problems}{names}; {hint}")
 
 
-def _renamed(path: Path, state: Mapping[Any, Any]) -> dict[str, Any]:
+def _renamed(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """diffusers' names to latent diffusion's, which counts levels from the finished picture; attention is by 1x1
     convolutions there."""
-    levels = {match[1] for key in state if (match := re.match(r"decoder\.up_blocks\.(\d)\.", str(key)))}
+    levels = {match[1] for key in state if (match := re.match(r"decoder\.up_blocks\.(\d)\.", key))}
     last = len(levels) - 1
     result: dict[str, Any] = {}
     for key, value in state.items():
-        name = str(key)
-        name = re.sub(r"^decoder\.mid_block\.resnets\.([01])\.", lambda m: f"decoder.mid.block_{int(m[1]) + 1}.", name)
+        name = re.sub(r"^decoder\.mid_block\.resnets\.([01])\.", lambda m: f"decoder.mid.block_{int(m[1]) + 1}.", key)
         name = re.sub(r"^decoder\.mid_block\.attentions\.0\.", "decoder.mid.attn_1.", name)
         name = re.sub(r"^decoder\.up_blocks\.(\d)\.", lambda m: f"decoder.up.{last - int(m[1])}.", name)
         name = re.sub(r"^(decoder\.up\.\d\.)(resnets|attentions)\.(\d+)\.", _block, name)

@@ -64,10 +64,10 @@ def layout_of(state: Mapping[str, Any], groups: int = 32) -> KlLayout:
     """
 
     def shape(key: str) -> tuple[int, ...]:
-        found = tuple(getattr(state.get(key), "shape", ()))
-        if len(found) != 4:
+        found = state.get(key)
+        if not isinstance(found, Tensor) or found.dim() != 4:
             raise ValueError(f"no {key} of 4 axes")
-        return found
+        return tuple(found.shape)
 
     def count(prefix: str) -> int:
         return len({match[1] for key in state if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))})

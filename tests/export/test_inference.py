@@ -15,9 +15,9 @@ from jobs import ARCHITECTURES
 from msgspec import structs
 
 from gtr_deploy.export.build.checkpoints import expected_mar, load_mar
-from gtr_deploy.export.build.decoder_choice import VaeFacts
-from gtr_deploy.export.build.inference import Told, find
+from gtr_deploy.export.build.inference import find
 from gtr_deploy.export.build.own_model import findings
+from gtr_deploy.export.build.told import Told, VaeFacts
 from gtr_deploy.export.graphs.decoders import unpatched
 from gtr_deploy.export.zoo import MODELS
 from gtr_deploy.runtime.errors import GtrError, UsageError
@@ -195,6 +195,9 @@ def test_the_decoder_is_asked_for_where_nothing_says_it() -> None:
     words = r"^does not say which decoder latents of 16 channels and stride 8 have \(--vae FILE, --decoder pixels or"
     with pytest.raises(UsageError, match=words):
         find(outline(own), training_args(own), Told(heads=4)).architecture("own")
+    own = structs.replace(SMALL, grid=(8, 8), token_channels=4)
+    with pytest.raises(UsageError, match="which decoder latents of 1 channels have"):
+        find(outline(own), None, Told(heads=4, patch_size=2, decoder="vae")).architecture("own")
     own = structs.replace(SMALL, grid=(8, 8), token_channels=12)  # 3 channels: RGB, or those of a VQ model's VAE
     with pytest.raises(UsageError, match="which decoder latents of 3 channels have"):
         find(outline(own), None, Told(heads=4, patch_size=2)).architecture("own")
@@ -303,7 +306,7 @@ def test_what_cannot_be_a_model() -> None:
         find({**state, "decoder_blocks.2.norm1.weight": state["fake_latent"]}, None, Told())
 
 
-@pytest.mark.parametrize("value", [None, 3, torch.zeros(37), {"shape": 1}])
+@pytest.mark.parametrize("value", [None, 3, torch.zeros(37), {"shape": 1}, Namespace(shape=2), Namespace(shape="ab")])
 def test_what_is_no_mar(value: Any) -> None:
     with pytest.raises(GtrError, match=r"no class_emb\.weight of 2 axes; give the model's own checkpoint"):
         find({**outline(SMALL), "class_emb.weight": value}, None, Told())

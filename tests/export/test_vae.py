@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from vae_files import CASES, by_rule, write_vae
 
 from gtr_deploy.export.build.checkpoints import compare
-from gtr_deploy.export.build.decoder_choice import VaeFacts
+from gtr_deploy.export.build.told import VaeFacts
 from gtr_deploy.export.build.vae import expected_vae_decoder, load_vae_decoder, random_vae_decoder, vae_facts
 from gtr_deploy.export.graphs.decoders import LatentDecoder, build_decoder
 from gtr_deploy.export.graphs.kl_decoder import KL16_LAYOUT, KlLayout, layout_of
@@ -218,6 +219,12 @@ def _with(key: str, *shape: int) -> Callable[[dict[str, Any], dict[str, Tensor]]
         (_without(MISSING), "missing decoder.up.2.block.0.conv1.weight (in latent diffusion's names); give the VAE"),
         (_with("decoder.conv_out.weight", 1, 32, 3, 3), "wrong: decoder.conv_out.weight is 1x32x3x3, not 3x32x3x3"),
         (_with("quantize.embedding.weight", 8, 4), "unexpected quantize.embedding.weight"),
+        (lambda config, state: state.update({3: torch.zeros(1)}), "unexpected 3"),
+        (lambda config, state: state.update({MISSING: Namespace(shape=(1, 2))}), "is a Namespace, not a tensor"),
+        (
+            lambda config, state: state.update({"decoder.conv_in.weight": Namespace(shape=5)}),
+            "no decoder.conv_in.weight of",
+        ),
         (_with("decoder.up_blocks.7.resnets.0.conv1.weight", 8), "does not hold the VAE decoder"),
         (
             _with("decoder.mid_block.attentions.0.query.weight", 64, 64),
