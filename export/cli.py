@@ -25,7 +25,7 @@ from .own_model_options import inspect_checkpoint, own_model_options
 _PATH = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 _checkpoint_option = click.option("--checkpoint", type=_PATH, help="MAR weights: .pth or .safetensors.")
-_vae_option = click.option("--vae", type=_PATH, help="KL-16 VAE weights: .ckpt, .pth or .safetensors.")
+_vae_option = click.option("--vae", type=_PATH, help="VAE: KL-16, latent diffusion's, or diffusers' AutoencoderKL.")
 _MODELS = tuple(known_models())
 
 
@@ -115,7 +115,7 @@ def build(
         OwnModel(**own), class_names,
     )  # fmt: skip
     if out == Path():
-        request = replace(request, out=default_out(request.name, precision, random_weights))
+        request = replace(request, out=default_out(request))
     request = resolved(request, reporter)
     entry, engines, later = request.entry(), None, None
     wanted = EngineRequest(request.out, flavour, force=force, **choices) if flavour in FLAVOURS else None
@@ -273,6 +273,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     for label, text in (
         ("model", f"{architecture.name}, {architecture.tokens} tokens, width {architecture.width}"),
         ("asked for", opened.conditioner.summary),
+        ("decoder", architecture.decoding),
         ("precision", f"{opened.precision}; float32: {', '.join(manifest.precision.float32)}"),
         ("weights", weights),
         *([("VAE", described(architecture.name, "vae", source.vae))] if source.vae else []),

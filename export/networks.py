@@ -20,13 +20,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class Networks:
-    """The modules of one model, one per graph."""
+    """The modules of one model, one per graph; no decoder where the model has none."""
 
     backbone: nn.Module
     modulation: nn.Module
     diffusion_step: nn.Module
     detail_score: nn.Module
-    decoder: nn.Module
+    decoder: nn.Module | None = None
 
 
 def build_graph_module(
@@ -41,7 +41,7 @@ def build_graph_module(
     Args:
         kind: a key of ``graphs.graph_specs``.
         weights: MAR state dict in the official layout (already checked, see checkpoints.py).
-        vae: VAE decoder state dict; empty for mar-digits.
+        vae: VAE decoder state dict (vae.py); empty for mar-digits.
     """
     family = export_family(architecture)
     if kind in family.networks:
@@ -52,7 +52,7 @@ def build_graph_module(
     elif kind in ROW_MODULES:
         module = ROW_MODULES[kind]()
     else:
-        module = _loaded(lambda: build_decoder(architecture), vae)
+        module = _loaded(lambda: build_decoder(architecture, vae), vae)
     set_precision(module, DTYPES[precision])
     return module.eval().requires_grad_(False)
 
@@ -70,6 +70,7 @@ def _loaded(build, weights: Mapping[str, Tensor], prefix: str = ""):
 def build_networks(
     architecture: Architecture, weights: Mapping[str, Tensor], vae: Mapping[str, Tensor], precision: str = "fp32"
 ) -> Networks:
-    """All modules."""
-    kinds = (field.name for field in fields(Networks))
+    """All of them."""
+    names = (field.name for field in fields(Networks))
+    kinds = [name for name in names if name != "decoder" or architecture.decoder.makes_pictures]
     return Networks(*(build_graph_module(kind, architecture, weights, vae, precision) for kind in kinds))

@@ -12,6 +12,8 @@ import click
 
 from ..runtime.commands.console import echo, print_json, print_table
 from ..runtime.commands.option_groups import given, with_options
+from ..runtime.errors import UsageError
+from .build.told import DECODERS
 
 
 class _Grid(click.ParamType):
@@ -36,6 +38,27 @@ _OPTIONS = {
         "--patch-size", "own_patch_size", type=_SIZE, help="Own model: latent cells or pixels along a token's side."
     ),
     "own_grid": click.option("--grid", "own_grid", type=_Grid(), help="Own model: rows and columns of tokens."),
+    "own_decoder": click.option(
+        "--decoder",
+        "own_decoder",
+        type=click.Choice(DECODERS),
+        help="Own model: a VAE (--vae), squares of grey or RGB pixels, or latents only; if nothing else says it.",
+    ),
+    "no_decoder": click.option("--no-decoder", is_flag=True, help="Any model: the bundle gives latents, no pictures."),
+    "own_latent_scale": click.option(
+        "--latent-scale",
+        "own_latent_scale",
+        type=float,
+        metavar="X",
+        help="Own model: what the VAE's latents were multiplied by; without it that of the VAE's config.json.",
+    ),
+    "own_latent_shift": click.option(
+        "--latent-shift",
+        "own_latent_shift",
+        type=float,
+        metavar="X",
+        help="Own model: what was subtracted from them before; the VAE decodes latents / scale + shift.",
+    ),
     "class_names": click.option(
         "--class-names",
         "class_names",
@@ -47,11 +70,17 @@ _OPTIONS = {
 
 def own_model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options; the command gets ``own``, those that were typed, and ``class_names``."""
-    return with_options(
-        command,
-        _OPTIONS,
-        lambda values: {"class_names": values.pop("class_names"), "own": given(values, "own_")},
-    )
+
+    def gather(values: dict[str, Any]) -> dict[str, Any]:
+        class_names, without = values.pop("class_names"), values.pop("no_decoder")
+        own = given(values, "own_")
+        if without:
+            if own.get("decoder", "none") != "none":
+                raise UsageError(f"--no-decoder and --decoder {own['decoder']} contradict each other; give one of them")
+            own["decoder"] = "none"
+        return {"class_names": class_names, "own": own}
+
+    return with_options(command, _OPTIONS, gather)
 
 
 def inspect_checkpoint(path: Path, as_json: bool) -> None:
@@ -60,14 +89,15 @@ def inspect_checkpoint(path: Path, as_json: bool) -> None:
     Raises:
         GtrError: it is no MAR checkpoint in the official layout, or contradicts itself.
     """
-    from .build.inference import Told, shown
+    from .build.inference import shown
     from .build.own_model import findings
+    from .build.told import Told
 
     found, taken, known = findings(path, Told())
     if not found.missing:
         found.architecture("any")  # or it says why there can be none
     options = ["--heads N"] * ("heads" in found.missing) + ["--patch-size N"] * ("patch" in found.missing)
-    options += ["--grid HxW"] * ("grid" in found.missing)
+    options += ["--grid HxW"] * ("grid" in found.missing) + ["--vae FILE"] * ("decoder" in found.missing)
     following = " ".join(["gtr-export build --checkpoint", shlex.quote(str(path)), *options])
     if known:
         following = f"gtr-export build --model {known} --checkpoint {shlex.quote(str(path))}"

@@ -31,18 +31,29 @@ class Generation:
     """What :meth:`Pipeline.generate` returns, and :meth:`Pipeline.stream` yields.
 
     Attributes:
-        images: uint8 [n, H, W, 3].
-        latents: float32 [n, L, C].
+        pictures: uint8 [n, H, W, 3]; None where the model has no decoder.
+        latents: float32 [n, L, C], tokens row by row.
         requests: what each image was asked to be; a class index where the model has classes.
         seeds: seed of each image.
         plan: what was run.
     """
 
-    images: NDArray[np.uint8]
+    pictures: NDArray[np.uint8] | None
     latents: Floats
     requests: tuple[Request, ...]
     seeds: tuple[int, ...]
     plan: SamplingPlan
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """The pictures, uint8 [n, H, W, 3].
+
+        Raises:
+            UsageError: the model has no decoder; ``latents`` are what it gives.
+        """
+        if self.pictures is None:
+            raise UsageError("this model has no decoder and makes no images; take the latents")
+        return self.pictures
 
 
 class Pipeline:
@@ -196,8 +207,9 @@ class Pipeline:
             made.append(self._batch(asked[part], seeds[part], resolved, observer and observer(start), noise, own))
             if finished is not None:
                 finished(min(start + size, count))
-        images, latents = [batch.images for batch in made], [batch.latents for batch in made]
-        return Generation(np.concatenate(images), np.concatenate(latents), tuple(asked), tuple(seeds), resolved)
+        pictures = [batch.pictures for batch in made if batch.pictures is not None]
+        latents = np.concatenate([batch.latents for batch in made])
+        return Generation(np.concatenate(pictures) if pictures else None, latents, tuple(asked), tuple(seeds), resolved)
 
     def stream(
         self,
@@ -257,6 +269,8 @@ class Pipeline:
         arrays = self.conditioner.arrays(asked)
         noise = noise or SeededNoise(seeds, self.architecture.token_channels)
         latents = self.backend.generate(generation_job(plan, self.architecture, arrays, seeds, noise, orders), observer)
-        images = self.backend.decode(latents)
-        check_shape("decoder", images.shape, (len(latents), *self.architecture.image_size, 3))
+        images = None
+        if self.architecture.decoder.makes_pictures:
+            images = self.backend.decode(latents)
+            check_shape("decoder", images.shape, (len(latents), *self.architecture.image_size, 3))
         return Generation(images, latents, tuple(asked), tuple(seeds), plan)

@@ -23,16 +23,13 @@ from ...runtime.models.architecture import Architecture
 from ...runtime.models.families import known_models
 from ...runtime.models.mar import MarArchitecture
 from ..families import export_family
-from ..graphs.decoders import build_decoder
 from .files import refusal
-from .inference import Told, find
+from .inference import find
 from .reading import read_checkpoint
 from .state_dicts import YOUNG, StateDict, choose, find_state_dicts, movement
+from .told import Told
 
 HEAD_PREFIX = "diffloss.net."
-VAE_UNUSED = ("encoder.", "quant_conv.", "loss.", "model_ema.")
-"""Parts of a VAE file that decoding does not need."""
-
 _NAMED = 3  # an error names this many keys of its only kind, one of several kinds, then counts the rest
 _LONGEST_NAME = 40
 
@@ -74,37 +71,8 @@ def load_mar(path: Path, architecture: Architecture, wanted: str = "auto") -> Ta
     if problems:
         hint = _mar_hint(found.entries, architecture)
         raise refusal(path, f"does not hold the weights of {architecture.name}: {problems}; {hint}")
-    weights = _usable(path, found.entries, expected)
+    weights = usable(path, found.entries, expected)
     return Taken(weights, found, _young(found, weights, candidates, expected) if found.weights == "ema" else "")
-
-
-def load_vae_decoder(path: Path, architecture: Architecture) -> Taken:
-    """The decoder half of a KL-16 VAE: ``decoder.*`` and ``post_quant_conv.*``.
-
-    Args:
-        path: as for :func:`load_mar`. Not read where the model needs no VAE.
-        architecture: the model whose latents it must decode.
-
-    Returns:
-        Exactly the keys of ``models.decoders.Kl16Decoder``; empty for a model that decodes by itself.
-
-    Raises:
-        GtrError: no such file, not a checkpoint, one that cannot be read safely, not a KL-16 VAE, or weights that are
-            not finite.
-    """
-    if not architecture.decoder.has_weights:
-        return Taken({})
-    content = read_checkpoint(path)
-    expected = expected_vae_decoder(architecture)
-    found = choose(path, find_state_dicts(content, expected), "auto", expected)
-    state = {key: value for key, value in found.entries.items() if not str(key).startswith(VAE_UNUSED)}
-    problems = compare(state, expected)
-    if problems:
-        hint = "give a KL-16 VAE with --vae"
-        if looks_like(found.entries) is not None:
-            hint = "this looks like a MAR checkpoint, give it with --checkpoint"
-        raise refusal(path, f"does not hold the VAE decoder of {architecture.name}: {problems}; {hint}")
-    return Taken(_usable(path, state, expected), found)
 
 
 def _young(
@@ -129,18 +97,11 @@ def expected_mar(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of a MAR state dict in the official layout."""
     networks = export_family(architecture).networks.values()
     with torch.device("meta"):
-        return {key: shape for row in networks for key, shape in _shapes(row.build(architecture), row.prefix).items()}
+        return {key: shape for row in networks for key, shape in shapes_of(row.build(architecture), row.prefix).items()}
 
 
-def expected_vae_decoder(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the VAE's decoder; empty for a model that decodes by itself."""
-    if not architecture.decoder.has_weights:
-        return {}
-    with torch.device("meta"):
-        return _shapes(build_decoder(architecture), "")
-
-
-def _shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
+def shapes_of(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a module's state dict."""
     return {prefix + key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
@@ -175,8 +136,12 @@ def _repeats(value: Tensor) -> bool:
     return False
 
 
-def _usable(path: Path, state: Mapping[Any, Any], keys: Iterable[str]) -> dict[str, Tensor]:
-    """These weights of a state dict, each number in its own place and finite as float32."""
+def usable(path: Path, state: Mapping[Any, Any], keys: Iterable[str]) -> dict[str, Tensor]:
+    """These weights of a state dict, each number in its own place and finite as float32.
+
+    Raises:
+        GtrError: they are not.
+    """
     weights = {key: state[key].detach() for key in keys}
     lying = [key for key, value in weights.items() if _repeats(value)]
     if lying:
@@ -250,15 +215,10 @@ def random_mar(architecture: Architecture, seed: int) -> dict[str, Tensor]:
 
     Every key has its own generator, so its values depend on ``seed``, its name and its shape alone.
     """
-    return {key: _random(key, shape, seed) for key, shape in expected_mar(architecture).items()}
+    return {key: random_tensor(key, shape, seed) for key, shape in expected_mar(architecture).items()}
 
 
-def random_vae_decoder(architecture: Architecture, seed: int) -> dict[str, Tensor]:
-    """As :func:`random_mar`, for the VAE's decoder; empty for a model that decodes by itself."""
-    return {key: _random(key, shape, seed) for key, shape in expected_vae_decoder(architecture).items()}
-
-
-def _random(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def random_tensor(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if len(shape) == 1:  # biases, and the weights of LayerNorm and GroupNorm
         return torch.ones(shape) if key.endswith(".weight") else torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}:{zlib.crc32(key.encode())}".encode()).digest()

@@ -1,7 +1,8 @@
 """Which files a checkpoint is made of, and what is plainly no weights. Imports no torch; reads no tensor (reading.py).
 
 One file; or an index of Hugging Face's kind (``model.safetensors.index.json``) and the shards beside it; or a folder
-with either. An index is somebody else's file: it names files of its own folder, nothing else.
+with either. An index is somebody else's file: it names files of its own folder, nothing else. Of what else lies in such
+a folder only config.json is read.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path, PurePath
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ...runtime.errors import GtrError, printable
 from ...runtime.files import LFS_POINTER, unique
@@ -20,6 +21,8 @@ LONGEST_HEADER, MOST_TENSORS = 4_000_000, 20_000  # of a .safetensors file or an
 _LONGEST_LINE, _LONGEST_PATH = 300, 140
 _MOST_SHARDS = 1000
 _WEIGHTS, _INDEX = ".safetensors", ".safetensors.index.json"
+DIFFUSERS = "diffusion_pytorch_model"
+"""How diffusers calls weights; variants in other precisions lie beside them."""
 _PAGES = (b"<!doctype html", b"<html", b"<?xml")
 
 Read = TypeVar("Read")
@@ -32,7 +35,8 @@ def refusal(path: Path, text: str) -> GtrError:
 
 
 def weights_file(path: Path) -> Path:
-    """The file that a checkpoint is read from: ``path`` itself, or in a folder its one index, or its one .safetensors.
+    """The file that a checkpoint is read from: ``path`` itself, or in a folder what diffusers calls so, its one index,
+    or its one .safetensors.
 
     Raises:
         GtrError: a folder with no such file or several, or one that links out of it.
@@ -43,7 +47,11 @@ def weights_file(path: Path) -> Path:
         names = sorted(os.listdir(path))
     except (OSError, ValueError):
         return path  # whoever opens it says what is wrong
-    found = [name for name in names if name.endswith(_INDEX)] or [name for name in names if name.endswith(_WEIGHTS)]
+    known = [DIFFUSERS + suffix for suffix in (_INDEX, _WEIGHTS)]
+    found = [name for name in known if name in names][:1]
+    found = found or [name for name in names if name.endswith(_INDEX)]
+    found = found or [name for name in names if name.endswith(_WEIGHTS)]
+    found = found or [name for name in names if name == f"{DIFFUSERS}.bin"]
     if not found:
         raise refusal(path, "is a folder without .safetensors weights; give the checkpoint file itself")
     if len(found) > 1:
@@ -82,10 +90,7 @@ def read_index(path: Path) -> dict[Path, set[str]]:
     """
     read_start(path)
     try:
-        content = _opened(path, lambda file: file.read(LONGEST_HEADER + 1))
-        if len(content) > LONGEST_HEADER:
-            raise ValueError(f"more than {LONGEST_HEADER} bytes")
-        document = json.loads(content, object_pairs_hook=unique("name"))
+        document = _document(path)
         listed = document.get("weight_map") if isinstance(document, dict) else None
         if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
             raise ValueError("no weight_map from tensors to files")
@@ -101,6 +106,33 @@ def read_index(path: Path) -> dict[Path, set[str]]:
     for tensor, name in listed.items():
         shards[name].add(tensor)
     return {_beside(path, name): tensors for name, tensors in shards.items()}
+
+
+def read_config(weights: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The config.json beside a file of weights, and what it holds; None where there is none.
+
+    Raises:
+        GtrError: it cannot be read, or is not a JSON object; or it is a link out of the folder.
+    """
+    if not weights.with_name("config.json").exists():
+        return None
+    path = _beside(weights, "config.json")
+    try:
+        document = _document(path)
+        if not isinstance(document, dict):
+            raise ValueError(f"a {type(document).__name__}")
+    except (ValueError, RecursionError) as error:
+        text = printable(str(error).partition("\n")[0], 100)
+        raise refusal(path, f"is not a JSON object ({text}); download it again") from None
+    return path, document
+
+
+def _document(path: Path) -> Any:
+    """What a JSON file holds; ValueError or RecursionError where it is none."""
+    content = _opened(path, lambda file: file.read(LONGEST_HEADER + 1))
+    if len(content) > LONGEST_HEADER:
+        raise ValueError(f"more than {LONGEST_HEADER} bytes")
+    return json.loads(content, object_pairs_hook=unique("name"))
 
 
 def _beside(path: Path, name: str) -> Path:

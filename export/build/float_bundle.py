@@ -65,6 +65,8 @@ def build_float(request: BuildRequest, reporter: Reporter) -> BuildResult:
             result.stages = dict.fromkeys([*keys, "manifest"], "cached")
             result.bytes = sum(files.bytes for files in old.graphs.values())
             return result
+        if weights.vae_path is not None:
+            weights.vae()  # one of other latents shows before the long part, not at its end
         graphs: dict[str, GraphEntry] = {}
         for kind, spec in specs.items():
             stage = folder.adopt(kind, keys[kind])

@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 
 from ...runtime.errors import GtrError, UsageError, printable
-from ...runtime.models.architecture import Decoder
 from ...runtime.models.families import known_models
-from ...runtime.models.mar import KL16, MarArchitecture
+from ...runtime.models.mar import MarArchitecture
+from .decoder_choice import choose_decoder, decoder_of, decoder_questions
+from .told import Told
 
 ORIGINAL_NAMES = {"mar_base": "mar-b", "mar_large": "mar-l", "mar_huge": "mar-h"}
 """The original's ``--model`` to the same sizes here; of others only the underscores differ."""
@@ -42,31 +43,18 @@ _LARGEST = 1 << 16
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a person says of a model: attention heads, latent cells along a token's side, (rows, columns) of tokens, and
-    whether a VAE's file was given."""
-
-    heads: int | None = None
-    patch_size: int | None = None
-    grid: tuple[int, int] | None = None
-    vae: bool = False
-
-
-@dataclass(frozen=True)
 class Findings:
     """Sizes by name, each with where it was found.
 
     Attributes:
         values: ``classes``, ``width``, ``depth``, ``head_depth``, ``head_width``, ``token_channels``, ``tokens`` and
-            ``buffer`` always; ``heads``, ``patch`` and ``grid`` where somebody says them; ``latent_channels`` of a cell
-            and its ``stride`` in pixels with them.
+            ``buffer`` always; ``heads``, ``patch``, ``grid`` and the kind of ``decoder`` where somebody says them;
+            ``latent_channels`` of a cell, its ``stride`` in pixels, ``scale``, ``shift`` and ``groups`` with them.
         origins: ``tensors``, ``args.NAME``, an option, or ``square``.
-        vae: whether a VAE's file was given.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
-    vae: bool = False
 
     def add(self, name: str, value: Any, origin: str) -> None:
         """One more source of a size.
@@ -85,7 +73,10 @@ class Findings:
     @property
     def missing(self) -> dict[str, str]:
         """What nobody says, to the question and its option."""
-        return {name: question for name, question in _ASKED.items() if name not in self.values}
+        asked = {name: question for name, question in _ASKED.items() if name not in self.values}
+        if self.values.get("decoder") == "none":
+            asked.pop("patch", None)  # nothing is done with it
+        return asked | decoder_questions(self.values)
 
     @property
     def summary(self) -> str:
@@ -102,17 +93,17 @@ class Findings:
 
         Raises:
             UsageError: something is missing; the line has the options.
-            GtrError: no such model can be, or not with a decoder of this version.
+            GtrError: no such model can be.
         """
         if self.missing:
             raise UsageError(f"does not say {', nor '.join(self.missing.values())}")
-        return self._made(name=name, decoder=msgspec.to_builtins(self._decoder()))
+        return self._made(name=name, decoder=msgspec.to_builtins(decoder_of(self.values)))
 
     def shapes(self) -> MarArchitecture:
         """A model of the same tensors, whatever is missing: heads, grid and patches change none."""
         tokens = self.values["tokens"]
         rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
-        decoder = {"kind": "patches", "stride": 1}
+        decoder = {"kind": "none", "stride": 1}
         return self._made(name="any", heads=1, grid=(rows, tokens // rows), decoder=decoder)
 
     def _made(self, **more: Any) -> MarArchitecture:
@@ -121,16 +112,6 @@ class Findings:
             return msgspec.convert({"family": "mar", **sizes, **more}, MarArchitecture)
         except msgspec.ValidationError as error:
             raise GtrError(f"cannot be a model of this family: {error}") from None
-
-    def _decoder(self) -> Decoder:
-        patch, channels, stride = self.values["patch"], self.values["latent_channels"], self.values.get("stride")
-        # A "VAE" whose latents are the pixels of a square themselves is no VAE, whatever the training called it.
-        if not self.vae and channels == (stride or 1) ** 2:
-            return Decoder(kind="patches", stride=1, patch=patch * (stride or 1))
-        if stride not in (None, KL16.stride):
-            decoders = f"a VAE of stride {KL16.stride} (KL-16) or squares of grey pixels"
-            raise GtrError(f"needs a decoder of {channels} channels and stride {stride}; this version has {decoders}")
-        return msgspec.structs.replace(KL16, patch=patch)
 
 
 def find(state: Mapping[Any, Any], args: Any, told: Told) -> Findings:
@@ -145,7 +126,7 @@ def find(state: Mapping[Any, Any], args: Any, told: Told) -> Findings:
         GtrError: no MAR in the official layout, or contradictions; a text without the file's name.
         UsageError: an option contradicts the file.
     """
-    found = Findings(vae=told.vae)
+    found = Findings()
     _from_tensors(found, state)
     given = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     _from_args(found, given)
@@ -153,6 +134,7 @@ def find(state: Mapping[Any, Any], args: Any, told: Told) -> Findings:
         if value is not None:
             found.add(name, value, option)
     _latents(found)
+    choose_decoder(found, told)
     _grid(found, given.get("img_size"), told.grid)
     return found
 
@@ -224,8 +206,8 @@ def _grid(found: Findings, image_size: Any, grid: tuple[int, int] | None) -> Non
 
 
 def _shape(state: Mapping[Any, Any], key: str, axes: int) -> tuple[int, ...]:
-    shape = getattr(state.get(key), "shape", ())
-    if len(shape) != axes:
+    shape = getattr(state.get(key), "shape", ())  # of a Namespace it may be anything
+    if not isinstance(shape, tuple) or len(shape) != axes or not all(type(length) is int for length in shape):
         hint = "give the model's own checkpoint"
         if "decoder.conv_in.weight" in state:
             hint = "this looks like the VAE, give it with --vae"
@@ -247,4 +229,6 @@ def _whole(value: Any, argument: str) -> int:
 
 def shown(value: Any) -> str:
     """A size as people write it; a grid as HxW."""
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

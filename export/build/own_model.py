@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
+
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import GtrError, UsageError, printable
 from ...runtime.models.class_conditioner import ClassConditioner
@@ -16,8 +18,9 @@ from ...runtime.models.family import KnownModel
 from ...runtime.models.mar import MarArchitecture
 from ..zoo import KL16, ModelEntry
 from .class_names import read_class_names
-from .inference import Findings, Told, find
+from .inference import Findings, find
 from .request import AUTO, BuildRequest
+from .told import Told, VaeFacts
 
 NEUTRAL_PLAN = {"cfg": 1.0, "cfg_schedule": "linear", "max_timestep": 999, "temperature": 1.0}
 """Plans on a model of one's own start from these: the defaults of the original's main_mar.py, which are no guidance."""
@@ -39,9 +42,11 @@ def resolved(request: BuildRequest, reporter: Reporter) -> BuildRequest:
         return request
     if request.model != AUTO:
         entry = request.entry()
+        if request.own.decoder == "none":
+            entry = without_decoder(entry)
         architecture = entry.architecture
         if request.class_names is None:
-            return request
+            return request if entry is request.entry() else replace(request, found=entry)
         if not isinstance(architecture, MarArchitecture):
             raise UsageError(f"--class-names: {request.name} is not asked for by class")
         classes = architecture.classes
@@ -50,8 +55,8 @@ def resolved(request: BuildRequest, reporter: Reporter) -> BuildRequest:
         assert path is not None  # checked
         if not path.exists():
             raise UsageError(f"--checkpoint {printable(str(path))} does not exist")
-        own = request.own
-        told = Told(own.heads, own.patch_size, own.grid, request.vae is not None)
+        own, vae = request.own, request.vae and _vae_facts(request.vae)
+        told = Told(own.heads, own.patch_size, own.grid, vae, own.decoder, own.latent_scale, own.latent_shift)
         found, _, known = findings(path, told, request.weights)
         try:
             architecture = found.architecture(request.name)
@@ -61,14 +66,31 @@ def resolved(request: BuildRequest, reporter: Reporter) -> BuildRequest:
         reporter.say(f"model: {found.summary}")
         if known:
             reporter.say(f"model: the sizes are those of {known}; --model {known} has its class names and guidance")
-        vae = KL16 if architecture.decoder.has_weights else None
+        source = KL16 if architecture.decoder.has_weights else None
         classes = architecture.classes
         numbers = ClassConditioner(tuple(map(str, range(classes))))
-        entry = ModelEntry(KnownModel(architecture, numbers, NEUTRAL_PLAN), vae=vae)
+        entry = ModelEntry(KnownModel(architecture, numbers, NEUTRAL_PLAN), vae=source)
     if request.class_names is not None:
         conditioner = ClassConditioner(read_class_names(request.class_names, classes))
         entry = replace(entry, model=replace(entry.model, conditioner=conditioner))
     return replace(request, found=entry)
+
+
+def without_decoder(entry: ModelEntry) -> ModelEntry:
+    """The model with its latents as what it gives."""
+    architecture = entry.architecture
+    decoder = structs.replace(architecture.decoder, kind="none")
+    return replace(
+        entry, vae=None, model=replace(entry.model, architecture=structs.replace(architecture, decoder=decoder))
+    )
+
+
+def _vae_facts(path: Path) -> VaeFacts:
+    from .vae import vae_facts
+
+    if not path.exists():
+        raise UsageError(f"--vae {printable(str(path))} does not exist")
+    return vae_facts(path)
 
 
 def findings(path: Path, told: Told, wanted: str = "auto") -> tuple[Findings, str, str | None]:

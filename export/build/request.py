@@ -9,6 +9,7 @@ from pathlib import Path
 from ...runtime.errors import UsageError, printable
 from ...runtime.models.graphs import PRECISIONS
 from ..zoo import MODELS, ModelEntry
+from .told import DECODERS
 
 WEIGHTS = ("auto", "ema", "model")
 """Which weights of a checkpoint: EMA where the file has it, EMA, or the last ones of the training."""
@@ -32,12 +33,16 @@ AUTO = "auto"
 @dataclass(frozen=True)
 class OwnModel:
     """What a person says of a model that has no name here, each only where the file does not: a name for it, attention
-    heads, latent cells along a token's side, (rows, columns) of tokens."""
+    heads, latent cells along a token's side, (rows, columns) of tokens, the decoder (of ``told.DECODERS``),
+    what latents were multiplied by after something was subtracted. ``none`` leaves any model's decoder out."""
 
     name: str | None = None
     heads: int | None = None
     patch_size: int | None = None
     grid: tuple[int, int] | None = None
+    decoder: str | None = None
+    latent_scale: float | None = None
+    latent_shift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,27 @@ class BuildRequest:
             raise UsageError(f"--random-weights and --weights {self.weights} contradict each other; give one of them")
         if not 1 <= self.max_batch <= 4096:
             raise UsageError(f"--max-batch {self.max_batch} is not in 1..4096")
-        if self.model != AUTO and self.own != OwnModel():
-            raise UsageError(
-                f"--name, --heads, --patch-size and --grid are for models without a name here, not for {self.model}"
-            )
+        self._check_own()
         entry = self.found or MODELS.get(self.model)
         if self.vae is not None and entry is not None and entry.vae is None:
             raise UsageError(f"{self.name} has no VAE; leave --vae out")
+
+    def _check_own(self) -> None:
+        own, without = self.own, self.own.decoder == "none"
+        if self.model != AUTO and own != OwnModel(decoder="none" if without else None):
+            options = "--name, --heads, --patch-size, --grid, --decoder, --latent-scale and --latent-shift"
+            raise UsageError(f"{options} are for models without a name here, not for {self.model}")
+        if own.decoder not in (None, *DECODERS):
+            raise UsageError(f"--decoder {own.decoder!r} is not one of {', '.join(DECODERS)}")
+        no_vae = "--no-decoder" if without else "--decoder pixels" if own.decoder == "pixels" else ""
+        scaled = own.latent_scale is not None or own.latent_shift is not None
+        if no_vae and (self.vae is not None or scaled):
+            other = "--vae" if self.vae is not None else "--latent-scale or --latent-shift"
+            raise UsageError(f"{no_vae} and {other} contradict each other; give one of them")
+        if own.latent_scale is not None and not 0 < own.latent_scale <= 1e6:
+            raise UsageError(f"--latent-scale {own.latent_scale:g} is not a number above 0")
+        if own.latent_shift is not None and not abs(own.latent_shift) <= 1e6:
+            raise UsageError(f"--latent-shift {own.latent_shift:g} is out of range")
 
     def entry(self) -> ModelEntry:
         """The model: what was found, or the zoo's entry.
@@ -125,6 +144,7 @@ class BuildResult:
         return all(state == "cached" for state in self.stages.values())
 
 
-def default_out(model: str, precision: str, random_weights: bool) -> Path:
-    """``bundles/mar-h-fp16``, or ``bundles/mar-h-random-fp16``."""
-    return Path("bundles") / "-".join([model, *(["random"] if random_weights else []), precision])
+def default_out(request: BuildRequest) -> Path:
+    """``bundles/mar-h-fp16``, ``bundles/mar-h-random-fp16``, or without a decoder ``bundles/mar-h-latents-fp16``."""
+    words = (("random", request.random_weights), ("latents", request.own.decoder == "none"))
+    return Path("bundles") / "-".join([request.name, *(word for word, said in words if said), request.precision])

@@ -81,17 +81,17 @@ class Weights:
 
     def _take(self, name: str) -> Taken:
         if name not in self._loaded:
-            from . import checkpoints
+            from . import checkpoints, vae
 
             if name == "vae" and not self.architecture.decoder.has_weights:
                 taken = checkpoints.Taken({})
             elif name == "vae" and self.vae_path is not None:
-                taken = checkpoints.load_vae_decoder(self.vae_path, self.architecture)
+                taken = vae.load_vae_decoder(self.vae_path, self.architecture)
             elif name == "checkpoint" and self.checkpoint_path is not None:
                 taken = checkpoints.load_mar(self.checkpoint_path, self.architecture, self.wanted)
                 self._report(taken, self.checkpoint_path)
             else:
-                make = checkpoints.random_vae_decoder if name == "vae" else checkpoints.random_mar
+                make = vae.random_vae_decoder if name == "vae" else checkpoints.random_mar
                 taken = checkpoints.Taken(make(self.architecture, self.random_seed or 0))
             self._loaded[name] = taken
         return self._loaded[name]

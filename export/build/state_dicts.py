@@ -30,7 +30,7 @@ YOUNG = 0.5
 training. One of decay 0.9999 passes it after 7,000 steps. [ours]"""
 
 Kind = Literal["ema", "model", "unknown"]
-_PREFIXES = re.compile(r"(?:(?:module|_orig_mod|model|ema_model|model_ema|ema)\.){1,6}")
+_PREFIXES = re.compile(r"(?:(?:module|_orig_mod|model|ema_model|model_ema|ema|first_stage_model)\.){1,6}")
 _DEEPEST = 3  # wrappers within wrappers
 
 

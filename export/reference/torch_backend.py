@@ -56,7 +56,8 @@ class TorchBackend(HostLoopBackend):
             torch.backends.cudnn.allow_tf32 = False
         self._networks = networks
         for module in vars(networks).values():
-            module.to(self._device)
+            if module is not None:
+                module.to(self._device)
         self._precision = _precision(networks.diffusion_step)
         self._capture = cuda_graphs and on_cuda
         self._keep = self._capture  # the buffers of each shape of chain
@@ -87,7 +88,9 @@ class TorchBackend(HostLoopBackend):
     @torch.inference_mode()
     def _called(self, kind: str, inputs: Mapping[str, NDArray | Tensor]) -> tuple[Tensor, ...]:
         values = (value if isinstance(value, Tensor) else _host(value) for value in inputs.values())
-        outputs = getattr(self._networks, kind)(*(value.to(self._device) for value in values))
+        if (network := getattr(self._networks, kind)) is None:
+            raise BackendError(f"this model has no {kind}")
+        outputs = network(*(value.to(self._device) for value in values))
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def denoise(self, z: BackboneOutput, chain: DiffusionChain) -> Floats:

@@ -69,7 +69,8 @@ def covered_specs(specs: Mapping[str, GraphSpec], bundle: Bundle, engines: Engin
     for name in covered_presets(bundle, engines):
         for batch in (1, engines.max_batch):
             for kind, shapes in call_shapes(_plan(bundle, name), batch).items():
-                found[kind] += shapes
+                if kind in found:  # there may be no decoder
+                    found[kind] += shapes
     result = {}
     for kind, spec in specs.items():
         shapes = sorted(
@@ -104,6 +105,7 @@ def _covered(plan: SamplingPlan, engines: EngineSet) -> bool:
         covering(engines.graphs[kind].profiles, sizes) is not None
         for batch in (1, engines.max_batch)
         for kind, shapes in call_shapes(plan, batch).items()
+        if kind in engines.graphs
         for sizes in shapes
     )
 

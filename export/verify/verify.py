@@ -5,8 +5,9 @@
     3 graphs   every graph computes what the torch modules compute, at the same shapes
     4 images   whole generations agree with the torch backend, image by image, for every preset
 
-Rungs 1 and 2 need the bundle alone; 3 and 4 also the weights that it was built from. No rung says anything about
-picture quality or speed. Beside them stands one warning: that a checkpoint does not bear t = 999 (respacing.py).
+Rungs 1 and 2 need the bundle alone; 3 and 4 also the weights that it was built from. A bundle without a decoder ends on
+rung 3, where its whole generations are compared, too. No rung says anything about picture quality or speed.
+Beside them stands one warning: that a checkpoint does not bear t = 999 (respacing.py).
 Tolerances are declared with the graphs (runtime/graphs.py).
 """
 
@@ -160,7 +161,7 @@ def verify(
             specs = graph_specs(bundle.architecture, bundle.max_batch)
             if engines is None and engine != "onnxruntime":
                 report.evaluated_with = backend.description
-                specs = {kind: specs[kind] for kind in NETWORKS}
+                specs = {kind: specs[kind] for kind in NETWORKS if kind in specs}
             if engines is not None:
                 specs = covered_specs(specs, bundle, engines)
                 plans = plans or covered_presets(bundle, engines)
@@ -172,6 +173,9 @@ def verify(
                 climb.images(weights, plans, images)
             if isinstance(backend, OnnxRuntimeBackend) and not report.failed:
                 _respacing(backend, bundle, report, reporter, weights)
+        if not bundle.architecture.decoder.makes_pictures:
+            note = "not reachable without a decoder; whole latents are compared on the rung graphs"
+            report.checks.append(Check("images", "all", "skipped", note=note))
         _skip_the_rest(report, why_not)
     return report
 
@@ -251,7 +255,7 @@ def _loads(
             kind: (f"{len(graph.profiles)} profiles", graph.engine.bytes) for kind, graph in engines.graphs.items()
         }
     else:
-        kinds = bundle.graphs if report.engine == "onnxruntime" else NETWORKS
+        kinds = [kind for kind in bundle.graphs if report.engine == "onnxruntime" or kind in NETWORKS]
         notes = {kind: (f"opset {bundle.graphs[kind].opset}", bundle.graphs[kind].bytes) for kind in kinds}
     report.checks += [
         Check("loads", kind, "ok", note=f"{what}, {size / 2**20:.1f} MiB") for kind, (what, size) in notes.items()
@@ -290,6 +294,11 @@ class _Climb:
         precision = self.bundle.precision
         return ["fp32"] if precision in QUANTISED else list(dict.fromkeys([precision, "fp32"]))
 
+    @property
+    def whole(self) -> str:
+        """The rung on which whole generations are compared."""
+        return "images" if self.bundle.architecture.decoder.makes_pictures else "graphs"
+
     def inputs(self, spec: GraphSpec, size: str, seed: int) -> dict[str, NDArray[Any]]:
         """Of a graph at one of :data:`SIZES`."""
         return graph_inputs(spec, self.bundle.architecture, self.bundle.conditioner, getattr(spec, size), seed)
@@ -325,7 +334,7 @@ class _Climb:
             plan = named_plan(name, architecture, self.bundle.plan_defaults)
             if plans is None and plan.flops * images > CPU_BUDGET:
                 note = f"{plan.flops * images / 1e12:.0f} TFLOP on the CPU, twice; --plans {name} runs it"
-                self.report.checks.append(Check("images", f"plan {name}", "skipped", note=note))
+                self.report.checks.append(Check(self.whole, f"plan {name}", "skipped", note=note))
             else:
                 chosen[name] = plan
         if not chosen:
@@ -345,7 +354,7 @@ class _Climb:
         for name in chosen:
             for precision in self.references:
                 pair = made["bundle", name], made[precision, name]
-                self.report.checks.append(_compared(f"plan {name}, torch {precision}", *pair, limit))
+                self.report.checks.append(_compared(self.whole, f"plan {name}, torch {precision}", *pair, limit))
 
     def _generated(self, backend: Backend, plan: SamplingPlan, images: int) -> Floats | GtrError:
         architecture, conditioner, seeds = self.bundle.architecture, self.bundle.conditioner, list(range(images))
@@ -386,8 +395,8 @@ def _reference(kind: str, weights: Weights, precision: str) -> Callable[[Mapping
     return call
 
 
-def _compared(subject: str, found: Floats | GtrError, wanted: Floats | GtrError, limit: float) -> Check:
+def _compared(rung: str, subject: str, found: Floats | GtrError, wanted: Floats | GtrError, limit: float) -> Check:
     if isinstance(found, GtrError) or isinstance(wanted, GtrError):
-        return Check("images", subject, "failed", note=str(found if isinstance(found, GtrError) else wanted))
+        return Check(rung, subject, "failed", note=str(found if isinstance(found, GtrError) else wanted))
     worst = _largest_error(found, wanted)
-    return Check("images", subject, "ok" if worst <= limit else "failed", worst, limit, f"worst of {len(found)} images")
+    return Check(rung, subject, "ok" if worst <= limit else "failed", worst, limit, f"worst of {len(found)} images")

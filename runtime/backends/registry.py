@@ -43,7 +43,7 @@ def _open_openvino(bundle: Bundle, options: BackendOptions, checksums: bool) -> 
     from .openvino.backend import OpenVinoBackend
 
     graphs = bundle.graph_files(checksums, target="cpu")
-    return OpenVinoBackend({kind: graphs[kind] for kind in NETWORKS}, options.threads)
+    return OpenVinoBackend({kind: graphs[kind] for kind in NETWORKS if kind in graphs}, options.threads)
 
 
 def _open_tensorrt(bundle: Bundle, options: BackendOptions, checksums: bool) -> Backend:

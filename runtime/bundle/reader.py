@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
-from ..errors import BundleError, printable
+from ..errors import BundleError, UsageError, printable
 from ..files import inside, read_json, sweep, write_json
 from ..models.architecture import Architecture
 from ..models.conditioning import Conditioner
@@ -83,6 +83,13 @@ class Bundle:
     def precision(self) -> str:
         """One of ``graphs.PRECISIONS``."""
         return self.manifest.precision.name
+
+    def check_decoder(self, what: str) -> None:
+        """Raises:
+        UsageError: there is no decoder, which ``what`` needs.
+        """
+        if not self.architecture.decoder.makes_pictures:
+            raise UsageError(f"{what} needs pictures, and {self.folder} has no decoder; build it without --no-decoder")
 
     @cached_property
     def digest(self) -> str:

@@ -54,6 +54,7 @@ def compare(
     if grid.suffix.lower() != ".png":
         raise UsageError(f"--grid {grid} does not end in .png")
     opened = Bundle.load(bundle)
+    opened.check_decoder("compare")
     asked = [request for request in requests.parsed(opened.conditioner) for _ in range(requests.images)]
     plans = [named_plan(name, opened.architecture, opened.plan_defaults, overrides) for name in split_plans(plan)]
     if len(plans) > _MOST_PLANS or len(asked) > _MOST_COLUMNS:

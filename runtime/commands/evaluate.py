@@ -125,6 +125,7 @@ def evaluate(
     if plot is not None:
         checked_target(plot)
     opened = Bundle.load(bundle)
+    opened.check_decoder("evaluate")
     architecture = opened.architecture
     names = split_plans(plan)
     if twice := sorted({name for name in names if names.count(name) > 1}):

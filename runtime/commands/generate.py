@@ -82,7 +82,7 @@ def generate(
     engine: BackendOptions,
     as_json: bool,
 ) -> None:
-    """Generate images and write them as PNGs that carry their own settings.
+    """Generate images and write them as PNGs that carry their own settings; latents as NPZ if BUNDLE has no decoder.
 
     Each image is written when its batch is finished. A run that was stopped (Ctrl-C ends it after the batch at hand)
     goes on with the same command and --resume. Nothing is written over: file names have the class, the plan with what
@@ -101,6 +101,9 @@ def generate(
 
     context = click.get_current_context()
     opened, reporter = Bundle.load(bundle), Reporter(quiet=as_json)
+    for path, option in ((grid, "--grid"), (trace, "--trace"), (like, "--like")):
+        if path is not None:
+            opened.check_decoder(option)
     backend = resolve_backend(opened, engine)[0].backend
     if like is not None:
         typed = [name for name in ("plan", "seed", "images") if context.get_parameter_source(name) in _TYPED]
@@ -128,7 +131,8 @@ def generate(
     stop = Stop("stopping after this batch; once more stops at once", as_json)
     if pipeline is not None:
         work.make(pipeline, stop, reporter)
-    there = f"{work.made + work.kept} of {len(run.numbers)} images are in {out}"
+    what = "images" if opened.architecture.decoder.makes_pictures else "latents"
+    there = f"{work.made + work.kept} of {len(run.numbers)} {what} are in {out}"
     if stop.signal:
         click.echo(f"stopped: {there}; the same command with --resume goes on", err=True)
         context.exit(stop.code)
@@ -154,7 +158,7 @@ def generate(
         return
     each = f" ({work.seconds / work.made:.2f} s each)" if work.made else ""
     kept = f", {work.kept} were there" if work.kept else ""
-    echo(f"{work.made} images in {work.seconds:.1f} s{each}{kept} -> {out}")
+    echo(f"{work.made} {what} in {work.seconds:.1f} s{each}{kept} -> {out}")
     for name, path in others.items():
         if path is not None:
             echo(f"{name}: {path}")
@@ -216,7 +220,8 @@ class _Work:
             with stop, reporter.bar(title, len(self.batches) * len(plan.steps), "AR steps") as bar, self._npz() as add:
                 made = pipeline.stream(asked, seeds, plan, self._size, observer)
                 for count, (batch, generation) in enumerate(zip(self.batches, made, strict=True), start=1):
-                    self._write(batch, generation.images)
+                    made_of = generation.latents if generation.pictures is None else generation.pictures
+                    self._write(batch, made_of)
                     if add is not None:
                         add(generation.latents)
                     bar.to(count * len(plan.steps))

@@ -28,6 +28,7 @@ from ..files import read_json, sweep, write_json
 from ..models.conditioning import Request
 from ..pictures.png import is_whole, read_pixels, read_settings, save_png
 from ..sampling.plan import SamplingPlan, preset
+from .latents import has_latents, read_latents_settings, save_latents
 from .request_options import image_settings
 
 LAYOUTS = ("flat", "class")
@@ -91,7 +92,13 @@ class Run:
         # The same bytes wherever: where a locale knows no UTF-8, they stand for themselves.
         stem = os.fsdecode(self.bundle.conditioner.stem(self.request(number)).encode())
         separator = "/" if self.layout == "class" else "-"
-        return self.out / f"{stem}{separator}{self.variant}-seed{self.seed_of(number):06d}.png"
+        suffix = "png" if self._draws else "npz"
+        return self.out / f"{stem}{separator}{self.variant}-seed{self.seed_of(number):06d}.{suffix}"
+
+    @property
+    def _draws(self) -> bool:
+        """Whether images are pictures; else they are latents in NPZ files."""
+        return self.bundle.architecture.decoder.makes_pictures
 
     @cached_property
     def variant(self) -> str:
@@ -177,7 +184,7 @@ class Run:
         if not there:
             return
         first = self.file(there[0])
-        if is_whole(first):
+        if self._is_whole(first):
             self._check(there[0])
         count = f"{len(there)} of {len(self.numbers)} pictures of this run are in {self.out} already"
         raise GtrError(f"{count}; --resume makes what is missing, another --out makes all of them anew")
@@ -188,24 +195,28 @@ class Run:
         Raises:
             GtrError: another picture has its name.
         """
-        if not is_whole(self.file(number)):
+        if not self._is_whole(self.file(number)):
             return False
         self._check(number)
         return True
 
+    def _is_whole(self, file: Path) -> bool:
+        return is_whole(file) if self._draws else has_latents(file)
+
     def _check(self, number: int) -> None:
         file = self.file(number)
-        found = difference(read_settings(file), self.settings(number))
+        settings = read_settings(file) if self._draws else read_latents_settings(file)
+        found = difference(settings, self.settings(number))
         if found:
             raise GtrError(f"{file} is a picture of another run: {found}; give another --out")
 
-    def save(self, number: int, image: NDArray[np.uint8]) -> None:
-        """Writes a picture [H, W, 3].
+    def save(self, number: int, image: NDArray[Any]) -> None:
+        """Writes a picture [H, W, 3], or latents [L, C] where there is no decoder.
 
         Raises:
             GtrError: it cannot be written.
         """
-        save_png(self.file(number), image, self.settings(number))
+        (save_png if self._draws else save_latents)(self.file(number), image, self.settings(number))
 
     def pixels(self) -> NDArray[np.uint8]:
         """All pictures of the shard, read back [n, H, W, 3]."""

@@ -14,9 +14,12 @@ Size = Annotated[int, Meta(ge=1, le=1 << 16)]
 """A count of channels, tokens or layers; no model needs more, and a manifest that lies allocates no terabytes."""
 
 
-DECODERS: dict[str, bool] = {"kl16": True, "patches": False}
-"""Kind of decoder to whether it has weights of its own, in a VAE's file: latent diffusion's VAE of stride 16, which is
-MAR's; tokens that are squares of grey pixels. The torch side is export/graphs/decoders.py."""
+DECODERS: dict[str, bool] = {"kl": True, "patches": False, "none": False}
+"""Kind of decoder to whether it has weights of its own, in a VAE's file: that of a KL autoencoder, such as MAR's KL-16;
+tokens that are squares of grey or RGB pixels; none, where latents are all that a model gives. The torch side is
+export/graphs/decoders.py."""
+
+_COLOURS = {1: "grey", 3: "RGB"}
 
 
 class Decoder(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -28,6 +31,7 @@ class Decoder(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         patch: latent cells along one side of a token; its channels are theirs, one channel's cells after the other's.
         scale: tokens are the decoder's latents times this.
         shift: what is added after dividing.
+        groups: of the decoder's GroupNorms.
     """
 
     kind: str
@@ -35,17 +39,23 @@ class Decoder(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     patch: Annotated[int, Meta(ge=1, le=64)] = 1
     scale: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
     shift: Annotated[float, Meta(ge=-1e6, le=1e6)] = 0.0
+    groups: Annotated[int, Meta(ge=1, le=1024)] = 32
 
     def __post_init__(self) -> None:
         if self.kind not in DECODERS:
             raise ValueError(f"decoder {self.kind[:40]!r} is not one of {', '.join(DECODERS)}")
-        if not self.has_weights and (self.scale, self.shift) != (1.0, 0.0):
-            raise ValueError(f"decoder {self.kind} has neither scale nor shift")
+        if self.kind == "patches" and (self.stride, self.scale, self.shift) != (1, 1.0, 0.0):
+            raise ValueError("decoder patches has neither scale nor shift, and a stride of 1")
 
     @property
     def has_weights(self) -> bool:
         """Whether it comes with a weights file."""
         return DECODERS[self.kind]
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether there is one."""
+        return self.kind != "none"
 
 
 class Architecture(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="family", tag="any"):
@@ -73,6 +83,9 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         if self.token_channels % self.decoder.patch**2:
             patch = self.decoder.patch
             raise ValueError(f"{self.token_channels} channels of a token are not those of {patch}x{patch} patches")
+        if self.decoder.kind == "patches" and self.cell_channels not in _COLOURS:
+            patch, channels = self.decoder.patch, self.token_channels
+            raise ValueError(f"{channels} channels of a token are neither {patch}x{patch} grey pixels nor RGB ones")
         if self.tokens * self.token_channels > 1 << 24 or max(self.image_size) > 1 << 14:
             raise ValueError(
                 f"{self.tokens} tokens of {self.token_channels} channels, {self.image_size[0]}x{self.image_size[1]} "
@@ -97,7 +110,27 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return (3 * self.head_depth + 2) * self.head_width
 
     @property
+    def cell_channels(self) -> int:
+        """Channels of one latent cell: what the decoder's latents have."""
+        return self.token_channels // self.decoder.patch**2
+
+    @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of a decoded image."""
+        """(height, width) in pixels of a decoded image; without a decoder as far as stride and patch are known."""
         side = self.decoder.stride * self.decoder.patch
         return self.grid[0] * side, self.grid[1] * side
+
+    @property
+    def decoding(self) -> str:
+        """How latents become pictures, on one line for people."""
+        decoder, (height, width) = self.decoder, self.image_size
+        latents = f"{self.cell_channels} channels, stride {decoder.stride}, patch {decoder.patch}, "
+        latents += f"scale {decoder.scale:g}, shift {decoder.shift:g}"
+        if decoder.kind == "none":
+            unknown = decoder == Decoder(kind="none", stride=1)
+            return "none; latents are what comes out" + (f": {latents}" if not unknown else "")
+        if decoder.kind == "patches":
+            latents = f"{decoder.patch}x{decoder.patch} {_COLOURS[self.cell_channels]} pixels a token"
+        else:
+            latents = f"KL autoencoder, {latents}"
+        return f"{latents}; pictures of {height}x{width}"

@@ -107,7 +107,7 @@ def contract_difference(found: Contract, expected: Contract) -> str | None:
 
 
 NETWORKS = ("backbone", "modulation", "diffusion_step", "detail_score", "decoder")
-"""What every backend runs."""
+"""What every backend runs; the decoder only where the model has one."""
 
 ROW_GRAPHS = ("select_rows", "gather_rows", "merge_rows")
 """Selection and row bookkeeping of the reconstruction stage, for backends that keep whole generations on a device;
@@ -199,9 +199,8 @@ def masked_generator_specs(
         usual={"B": 1},
         largest={"B": max_batch},
     )
-    return {
-        spec.kind: spec for spec in (backbone, modulation, step, detail, decoder, *_row_graphs(architecture, max_batch))
-    }
+    networks = [backbone, modulation, step, detail, *([decoder] if architecture.decoder.makes_pictures else [])]
+    return {spec.kind: spec for spec in (*networks, *_row_graphs(architecture, max_batch))}
 
 
 def _row_graphs(architecture: Architecture, max_batch: int) -> tuple[GraphSpec, GraphSpec, GraphSpec]:

@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "halton": {"stage_steps": (16,), **_BASELINE, "order": "halton"},
 }
 
-KL16 = Decoder(kind="kl16", stride=16, scale=0.2325)
+KL16 = Decoder(kind="kl", stride=16, scale=0.2325)
 """MAR's VAE; its latents are the VAE's times the scale (main_mar.py)."""
 
 

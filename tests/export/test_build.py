@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gtr_deploy.export.build import float_bundle
 from gtr_deploy.export.build.build import build
-from gtr_deploy.export.build.request import BuildRequest, default_out
+from gtr_deploy.export.build.request import BuildRequest, OwnModel, default_out
 from gtr_deploy.runtime.bundle import staged as folders
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
@@ -221,8 +222,10 @@ class TestSwap:
 
 
 def test_default_folder_names() -> None:
-    assert default_out("mar-h", "fp16", False) == Path("bundles/mar-h-fp16")
-    assert default_out("mar-h", "fp32", True) == Path("bundles/mar-h-random-fp32")
+    request = BuildRequest("mar-h", Path(), precision="fp16")
+    assert default_out(request) == Path("bundles/mar-h-fp16")
+    assert default_out(replace(request, random_weights=True)) == Path("bundles/mar-h-random-fp16")
+    assert default_out(replace(request, own=OwnModel(decoder="none"))) == Path("bundles/mar-h-latents-fp16")
 
 
 def test_hard_links_or_copies(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

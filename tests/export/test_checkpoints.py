@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
-import zlib
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,14 +20,11 @@ from torch import Tensor
 from gtr_deploy.export.build.checkpoints import (
     compare,
     expected_mar,
-    expected_vae_decoder,
     load_mar,
-    load_vae_decoder,
     looks_like,
     random_mar,
-    random_vae_decoder,
 )
-from gtr_deploy.export.graphs.decoders import Kl16Decoder
+from gtr_deploy.export.build.vae import expected_vae_decoder, load_vae_decoder
 from gtr_deploy.runtime.errors import GtrError
 from gtr_deploy.runtime.models.architecture import Architecture, Decoder
 from gtr_deploy.runtime.models.mar import MarArchitecture
@@ -55,11 +50,6 @@ TINY = MarArchitecture(
 def official() -> dict[str, Any]:
     with torch.serialization.safe_globals([Namespace]):
         return torch.load(OFFICIAL, weights_only=True)
-
-
-@pytest.fixture
-def record() -> dict[str, Any]:
-    return json.loads((DATA / "vae_kl16.json").read_text())
 
 
 def outline(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -272,73 +262,6 @@ class TestWrongWeights:
             assert sum(int(np.prod(shape)) for shape in shapes) == count
 
 
-class TestVae:
-    @staticmethod
-    def by_rule(key: str, shape: list[int]) -> Tensor:
-        value = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
-        if len(shape) > 1:
-            value = value / np.float32(np.sqrt(np.prod(shape[1:])))
-        else:
-            value = np.float32(0.1) * value + np.float32(key.endswith(".weight"))
-        return torch.from_numpy(value)
-
-    def test_the_recorded_image(self, record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        # The encoder's weights are not read: four bytes each will do.
-        unused = outline({key: tuple(shape) for key, shape in record["keys"].items()})
-        used = {
-            key: self.by_rule(key, shape)
-            for key, shape in record["keys"].items()
-            if key.startswith(("decoder.", "post_quant_conv."))
-        }
-        torch.save({"model": {**unused, **used}}, tmp_path / "kl16.ckpt")
-        architecture = ARCHITECTURES["mar-b"]
-        state = load_vae_decoder(tmp_path / "kl16.ckpt", architecture).weights
-        with torch.device("meta"):
-            decoder = Kl16Decoder(architecture)
-        decoder.load_state_dict(state, assign=True)
-
-        golden = np.load(DATA / "vae_kl16.npz")
-        latents = torch.from_numpy(golden["latents"]).flatten(2).transpose(1, 2)
-        with torch.inference_mode():
-            image = decoder.image(latents)
-            monkeypatch.setattr(decoder, "image", lambda _: image)  # the forward pass without a second decode
-            pixels = decoder(latents).permute(0, 3, 1, 2).numpy()
-        recorded = golden["image"].astype(np.float32)
-        assert np.linalg.norm(image.numpy() - recorded) <= 1e-3 * np.linalg.norm(recorded)
-        difference = np.abs(pixels.astype(int) - golden["pixels"])
-        assert difference.max() <= 1
-        assert (difference > 0).mean() < 1e-3
-        assert ARCHITECTURES["mar-b"].decoder.scale == 0.2325
-
-    @pytest.mark.parametrize("layout", ["model", "state_dict", "plain", "safetensors"])
-    def test_layouts(self, tmp_path: Path, layout: str) -> None:
-        architecture = ARCHITECTURES["mar-b"]
-        state = {key: torch.zeros(shape).half() for key, shape in expected_vae_decoder(architecture).items()}
-        rest = {key: torch.zeros(2) for key in ("encoder.a", "quant_conv.weight", "loss.b", "model_ema.decay")}
-        path = tmp_path / "vae"
-        if layout == "safetensors":
-            save_file({**state, **rest}, path)
-        else:
-            torch.save({**state, **rest} if layout == "plain" else {layout: {**state, **rest}}, path)
-        assert list(load_vae_decoder(path, architecture).weights) == list(expected_vae_decoder(architecture))
-
-    def test_faults_are_named(self, tmp_path: Path) -> None:
-        architecture = ARCHITECTURES["mar-b"]
-        state = outline(expected_vae_decoder(architecture))
-        state["decoder.extra"] = torch.zeros(1)
-        torch.save(state, tmp_path / "a.ckpt")
-        with pytest.raises(GtrError, match=r"unexpected decoder\.extra; give a KL-16 VAE with --vae"):
-            load_vae_decoder(tmp_path / "a.ckpt", architecture)
-
-    def test_a_mar_in_the_vae_s_place(self) -> None:
-        with pytest.raises(GtrError, match="this looks like a MAR checkpoint, give it with --checkpoint"):
-            load_vae_decoder(OFFICIAL, ARCHITECTURES["mar-b"])
-
-    def test_a_model_without_vae_reads_nothing(self) -> None:
-        assert load_vae_decoder(Path("/nowhere"), TINY).weights == {}
-        assert random_vae_decoder(TINY, 0) == {}
-
-
 class TestRandomWeights:
     def test_same_seed_same_weights(self) -> None:
         first, again, other = random_mar(TINY, 1), random_mar(TINY, 1), random_mar(TINY, 2)
@@ -365,9 +288,3 @@ class TestRandomWeights:
         }
         for key, deviation in deviations.items():
             assert float(state[key].std()) == pytest.approx(deviation, rel=0.1), key
-
-    def test_vae_decoder(self) -> None:
-        architecture = ARCHITECTURES["mar-b"]
-        state = random_vae_decoder(architecture, 0)
-        assert not compare(state, expected_vae_decoder(architecture))
-        assert float(state["decoder.conv_out.weight"].std()) == pytest.approx((128 * 9) ** -0.5, rel=0.1)

@@ -15,15 +15,17 @@ from jobs import ARCHITECTURES
 from msgspec import structs
 
 from gtr_deploy.export.build.checkpoints import expected_mar, load_mar
-from gtr_deploy.export.build.inference import Told, find
+from gtr_deploy.export.build.inference import find
 from gtr_deploy.export.build.own_model import findings
-from gtr_deploy.export.graphs.decoders import Kl16Decoder
+from gtr_deploy.export.build.told import Told, VaeFacts
+from gtr_deploy.export.graphs.decoders import unpatched
 from gtr_deploy.export.zoo import MODELS
 from gtr_deploy.runtime.errors import GtrError, UsageError
 from gtr_deploy.runtime.models.architecture import Decoder
 from gtr_deploy.runtime.models.mar import KL16, MarArchitecture
 
 OFFICIAL = Path(__file__).parents[1] / "data" / "mar_tiny_checkpoint-last.pth"
+PIXELS = Decoder(kind="patches", stride=1)
 SMALL = MarArchitecture(
     name="own",
     grid=(6, 10),
@@ -122,11 +124,12 @@ def test_any_sizes_come_back(
         SMALL, grid=grid, heads=heads, width=heads * head_size, token_channels=channels * patch**2,
         decoder=structs.replace(KL16, patch=patch), **sizes,
     )  # fmt: skip
-    by_options = Told(heads, patch, grid)
+    vae = VaeFacts(channels, KL16.stride, scale=KL16.scale, shift=0.0)
+    by_options = Told(heads, patch, grid, vae)
     assert find(outline(own), None, by_options).architecture("own") == own
     by_args = training_args(own, img_size=list(own.image_size))
-    assert find(outline(own), by_args, Told(heads)).architecture("own") == own
-    assert find(outline(own), vars(by_args), Told(heads)).architecture("own") == own
+    assert find(outline(own), by_args, Told(heads, vae=vae)).architecture("own") == own
+    assert find(outline(own), vars(by_args), Told(heads, vae=vae)).architecture("own") == own
 
 
 @pytest.mark.parametrize(
@@ -187,18 +190,103 @@ def test_arguments_that_say_nothing(args: Any) -> None:
     assert find(outline(own), args, Told(heads=4, patch_size=1)).architecture("own") == own
 
 
-def test_decoders_that_are_not_here() -> None:
+def test_the_decoder_is_asked_for_where_nothing_says_it() -> None:
     own = structs.replace(SMALL, grid=(8, 8), decoder=structs.replace(KL16, stride=8))
-    with pytest.raises(GtrError, match=r"^needs a decoder of 16 channels and stride 8; this version has a VAE of str"):
+    words = r"^does not say which decoder latents of 16 channels and stride 8 have \(--vae FILE, --decoder pixels or"
+    with pytest.raises(UsageError, match=words):
         find(outline(own), training_args(own), Told(heads=4)).architecture("own")
-    pixels = structs.replace(SMALL, grid=(8, 8), token_channels=12, decoder=structs.replace(KL16, stride=1, patch=2))
-    with pytest.raises(GtrError, match="3 channels and stride 1"):
-        find(outline(pixels), training_args(pixels), Told(heads=4)).architecture("own")
-    grey = structs.replace(SMALL, grid=(8, 8), token_channels=4)
-    found = find(outline(grey), None, Told(heads=4, patch_size=2)).architecture("own")
-    assert found.decoder == Decoder(kind="patches", stride=1, patch=2)
-    found = find(outline(grey), None, Told(heads=4, patch_size=2, vae=True)).architecture("own")
-    assert found.decoder == structs.replace(KL16, patch=2)  # a file was given: it is a VAE of one channel
+    own = structs.replace(SMALL, grid=(8, 8), token_channels=4)
+    with pytest.raises(UsageError, match="which decoder latents of 1 channels have"):
+        find(outline(own), None, Told(heads=4, patch_size=2, decoder="vae")).architecture("own")
+    own = structs.replace(SMALL, grid=(8, 8), token_channels=12)  # 3 channels: RGB, or those of a VQ model's VAE
+    with pytest.raises(UsageError, match="which decoder latents of 3 channels have"):
+        find(outline(own), None, Told(heads=4, patch_size=2)).architecture("own")
+
+
+@pytest.mark.parametrize(
+    ("channels", "args", "told", "patch"),
+    [
+        (4, {}, {"patch_size": 2}, 2),
+        (4, {}, {"decoder": "pixels"}, 2),
+        (16, {"vae_stride": 4, "vae_embed_dim": 16, "patch_size": 1}, {}, 4),
+        (12, {}, {"decoder": "pixels"}, 2),
+        (12, {"vae_stride": 1, "vae_embed_dim": 3, "patch_size": 2, "img_size": 16}, {}, 2),
+        (12, {"vae_stride": 2, "vae_embed_dim": 12, "patch_size": 1}, {}, 2),
+        (48, {"patch_size": 4}, {"decoder": "pixels"}, 4),
+        (3, {}, {"decoder": "pixels"}, 1),
+    ],
+)
+def test_squares_of_pixels(channels: int, args: dict[str, Any], told: dict[str, Any], patch: int) -> None:
+    own = structs.replace(SMALL, grid=(8, 8), token_channels=channels, decoder=structs.replace(PIXELS, kind="none"))
+    found = find(outline(own), args, Told(heads=4, **told)).architecture("own")
+    assert found == structs.replace(own, decoder=structs.replace(PIXELS, patch=patch))
+    assert found.image_size == (8 * patch, 8 * patch)
+    assert f"{patch}x{patch} {'grey' if channels == patch**2 else 'RGB'} pixels" in found.decoding
+
+
+@pytest.mark.parametrize(
+    ("channels", "args", "words"),
+    [
+        (16, {"patch_size": 2}, "patch 2 .args.patch_size., 4 .16 token channels are 4x4 pixels.$"),
+        (8, {}, "--decoder pixels: 8 channels of a token are neither p x p grey pixels nor 3 x p x p of RGB$"),
+        (16, {"vae_stride": 3}, "contradicts: 4x4 pixels .16 token channels., a stride of 3$"),
+        (16, {"vae_stride": 2, "patch_size": 2}, "has patches of 2x2 squares of 2x2 pixels each$"),
+    ],
+)
+def test_what_is_no_square_of_pixels(channels: int, args: dict[str, Any], words: str) -> None:
+    own = structs.replace(SMALL, grid=(8, 8), token_channels=channels, decoder=structs.replace(PIXELS, kind="none"))
+    with pytest.raises(GtrError, match=words):
+        find(outline(own), args, Told(heads=4, decoder="pixels"))
+
+
+SD = VaeFacts(channels=4, stride=8, scale=0.18215, shift=0.0)
+BARE = VaeFacts(channels=16, stride=8)
+
+
+def test_the_patch_follows_from_the_vae() -> None:
+    own = structs.replace(SMALL, grid=(8, 8), token_channels=16)
+    found = find(outline(own), None, Told(heads=4, vae=SD))
+    expected = Decoder(kind="kl", stride=8, patch=2, scale=0.18215)
+    assert found.architecture("own") == structs.replace(own, decoder=expected)
+    assert (found.origins["patch"], found.origins["scale"]) == ("16 token channels of --vae's 4", "config.json")
+    odd = find(outline(own), None, Told(heads=4, vae=VaeFacts(16, 8, groups=8, scale=1.5, shift=0.1)))
+    assert odd.architecture("own").decoder == Decoder(kind="kl", stride=8, scale=1.5, shift=0.1, groups=8)
+
+
+def test_scale_and_shift_are_asked_for_where_nobody_says_them() -> None:
+    own = structs.replace(SMALL, grid=(8, 8), token_channels=64)
+    with pytest.raises(UsageError, match=r"\(--latent-scale X\), nor what was subtracted .*\(--latent-shift X, 0 for"):
+        find(outline(own), None, Told(heads=4, vae=BARE)).architecture("own")
+    found = find(outline(own), None, Told(heads=4, vae=BARE, scale=0.3611, shift=0.1159))
+    assert found.architecture("own").decoder == Decoder(kind="kl", stride=8, patch=2, scale=0.3611, shift=0.1159)
+    typed = find(outline(own), None, Told(heads=4, vae=SD, scale=0.2325))
+    assert typed.architecture("own").decoder == Decoder(kind="kl", stride=8, patch=4, scale=0.2325)
+    assert "scale 0.2325 (--latent-scale, not 0.18215 of config.json)" in typed.summary
+
+
+@pytest.mark.parametrize(
+    ("args", "told", "words"),
+    [
+        ({}, {}, "37 channels of a token .tensors., latents of 4 channels .--vae.: no patch of p x p cells"),
+        ({"vae_stride": 16}, {"channels": 64}, "stride 16 .args.vae_stride., 8 .--vae.$"),
+        ({"vae_embed_dim": 16}, {"channels": 64}, "latent channels 16 .args.vae_embed_dim., 4 .--vae.$"),
+        ({}, {"channels": 64, "patch_size": 1}, "latent channels 64 .64 token channels of 1x1 patches., 4 .--vae.$"),
+    ],
+)
+def test_a_vae_of_other_latents(args: dict[str, Any], told: dict[str, Any], words: str) -> None:
+    own = structs.replace(SMALL, grid=(8, 8), token_channels=told.pop("channels", 37))
+    with pytest.raises(UsageError, match=words):
+        find(outline(own), args, Told(heads=4, vae=SD, **told))
+
+
+def test_without_a_decoder_nothing_is_asked_about_it() -> None:
+    own = structs.replace(SMALL, grid=(8, 8), token_channels=37)
+    found = find(outline(own), None, Told(heads=4, decoder="none")).architecture("own")
+    assert found == structs.replace(own, decoder=Decoder(kind="none", stride=1))
+    known = {"vae_stride": 8, "patch_size": 2, "vae_embed_dim": 9}
+    own = structs.replace(own, token_channels=36)
+    found = find(outline(own), known, Told(heads=4, decoder="none")).architecture("own")
+    assert found.decoder == Decoder(kind="none", stride=8, patch=2)
 
 
 def test_what_cannot_be_a_model() -> None:
@@ -218,7 +306,7 @@ def test_what_cannot_be_a_model() -> None:
         find({**state, "decoder_blocks.2.norm1.weight": state["fake_latent"]}, None, Told())
 
 
-@pytest.mark.parametrize("value", [None, 3, torch.zeros(37), {"shape": 1}])
+@pytest.mark.parametrize("value", [None, 3, torch.zeros(37), {"shape": 1}, Namespace(shape=2), Namespace(shape="ab")])
 def test_what_is_no_mar(value: Any) -> None:
     with pytest.raises(GtrError, match=r"no class_emb\.weight of 2 axes; give the model's own checkpoint"):
         find({**outline(SMALL), "class_emb.weight": value}, None, Told())
@@ -246,16 +334,7 @@ def test_other_sizes_than_the_named_model_s_name_the_command(tmp_path: Path) -> 
 
 
 def test_patches_lie_as_the_original_s_unpatchify_puts_them() -> None:
-    grid, channels, patch = (2, 3), 5, 2
-    own = structs.replace(
-        SMALL, grid=grid, token_channels=channels * patch**2, decoder=structs.replace(KL16, patch=patch, scale=0.5)
-    )
-    with torch.device("meta"):
-        decoder = Kl16Decoder(own)
-    assert decoder.post_quant_conv.weight.shape[:2] == (channels, channels)
-    decoder.post_quant_conv = decoder.decoder = torch.nn.Identity()  # type: ignore[assignment]
-    tokens = torch.randn(4, 6, channels * patch**2)
-    cells = decoder.image(tokens)
+    tokens = torch.randn(4, 6, 5 * 2 * 2)
     # models/mar.py: 'nhwcpq->nchpwq'
-    expected = torch.einsum("nhwcpq->nchpwq", tokens.reshape(4, *grid, channels, patch, patch))
-    assert torch.equal(cells, expected.reshape(4, channels, 4, 6) / 0.5)
+    expected = torch.einsum("nhwcpq->nchpwq", tokens.reshape(4, 2, 3, 5, 2, 2))
+    assert torch.equal(unpatched(tokens, (2, 3), 2), expected.reshape(4, 5, 4, 6))

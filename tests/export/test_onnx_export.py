@@ -15,7 +15,8 @@ import torch
 from jobs import ARCHITECTURES
 from torch import Tensor, nn
 
-from gtr_deploy.export.build.checkpoints import random_mar, random_vae_decoder
+from gtr_deploy.export.build.checkpoints import random_mar
+from gtr_deploy.export.build.vae import random_vae_decoder
 from gtr_deploy.export.graphs import onnx_export
 from gtr_deploy.export.graphs.onnx_export import check_written, export_graph
 from gtr_deploy.export.networks import build_graph_module
@@ -40,7 +41,7 @@ ODD = MarArchitecture(
     heads=3,
     head_depth=2,
     head_width=40,
-    decoder=Decoder(kind="kl16", stride=16, scale=0.2325),
+    decoder=Decoder(kind="kl", stride=16, scale=0.2325),
 )
 SEVEN = ClassConditioner(tuple(map(str, range(7))))
 

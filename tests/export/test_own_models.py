@@ -17,8 +17,10 @@ from commands import one_line_error
 from jobs import ARCHITECTURES
 from msgspec import structs
 from safetensors.torch import load_file, save_file
+from vae_files import write_vae
 
-from gtr_deploy.export.build.checkpoints import random_mar, random_vae_decoder
+from gtr_deploy.export.build.checkpoints import random_mar
+from gtr_deploy.export.build.vae import random_vae_decoder
 from gtr_deploy.export.zoo import MODELS
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.models.architecture import Decoder
@@ -68,16 +70,46 @@ PIXELS = Decoder(kind="patches", stride=1, patch=4)
             ["--heads", 2, "--grid", "3x2", "--vae", "vae.ckpt"],
             (96, 64),
         ),
+        (
+            own((4, 4), 5, 4, 12, structs.replace(PIXELS, patch=2)),
+            {},
+            ["--heads", 2, "--decoder", "pixels"],
+            (8, 8),
+        ),
+        (
+            own((4, 3), 5, 4, 16, Decoder(kind="kl", stride=8, patch=2, scale=0.18215)),
+            {},
+            ["--heads", 2, "--grid", "4x3", "--vae", "f8"],
+            (64, 48),
+        ),
+        (
+            own((4, 4), 5, 4, 64, Decoder(kind="kl", stride=2, patch=2, scale=1.5305, shift=0.0609, groups=8)),
+            {},
+            ["--heads", 2, "--vae", "shift"],
+            (16, 16),
+        ),
+        (
+            own((4, 4), 5, 4, 3, Decoder(kind="kl", stride=4, scale=0.5)),
+            {"vae_stride": 4, "vae_embed_dim": 3, "patch_size": 1, "img_size": 16},
+            ["--heads", 2, "--vae", "attention/vae.ckpt", "--latent-scale", "0.5"],
+            (16, 16),
+        ),
     ],
-    ids=["one class, no buffer", "37 classes, 6x10", "32x32, buffer of 256", "latents in patches"],
-)
+    ids=[
+        "one class, no buffer", "37 classes, 6x10", "32x32, buffer of 256", "latents in patches", "RGB pixels",
+        "Stable Diffusion's VAE", "a shift, in patches", "latent diffusion's VAE with attention",
+    ],
+)  # fmt: skip
 def test_from_checkpoint_to_verified_pictures(
     export_cli: Cli, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: MarArchitecture,
     args: dict[str, Any], options: list[Any], size: tuple[int, int],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "mine.pth", architecture, **args)
-    if "--vae" in options:
+    for case, layout in (("f8", "folder"), ("shift", "old .bin"), ("attention", "ldm")):
+        (tmp_path / case).mkdir()
+        write_vae(tmp_path / case, case, layout)
+    if "vae.ckpt" in options:
         torch.save({"model": random_vae_decoder(architecture, 0)}, tmp_path / "vae.ckpt")
     done = export_cli("build", "--checkpoint", "mine.pth", *options)
     assert done.exit_code == 0, done.output
@@ -159,10 +191,41 @@ def test_what_is_refused_before_any_work(
     assert not (tmp_path / "bundles").exists()
 
 
-def test_a_pixel_model_takes_no_vae(export_cli: Cli, tmp_path: Path) -> None:
-    path = save(tmp_path / "a.pth", own((4, 4), 2, 2, 16, PIXELS), vae_stride=4, patch_size=1, vae_embed_dim=16)
-    result = export_cli("build", "--checkpoint", path, "--heads", 2, "--vae", OFFICIAL, "--out", tmp_path / "b")
-    one_line_error(result, 1, "needs a decoder of 16 channels and stride 4")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--vae", "none"], ["--vae none does not exist"]),
+        (["--vae", "f8", "--decoder", "pixels"], ["--decoder pixels and --vae contradict each other"]),
+        (["--vae", "f8", "--no-decoder"], ["--no-decoder and --vae contradict each other"]),
+        (["--no-decoder", "--latent-scale", 1], ["--no-decoder and --latent-scale or --latent-shift contradict"]),
+        (["--no-decoder", "--decoder", "pixels"], ["--no-decoder and --decoder pixels contradict each other"]),
+        (["--vae", "f8", "--latent-scale", 0], ["--latent-scale 0 is not a number above 0"]),
+        (["--vae", "f8", "--latent-scale", "nan"], ["--latent-scale nan is not a number above 0"]),
+        (["--vae", "f8", "--latent-shift", "nan"], ["--latent-shift nan is out of range"]),
+        (["--vae", "f8"], ["a.pth contradicts: 17 channels of a token (tensors), latents of 4 channels (--vae)"]),
+        (["--decoder", "pixels"], ["a.pth --decoder pixels: 17 channels of a token are neither"]),
+        (["--patch-size", 1], ["which decoder latents of 17 channels have (--vae FILE, --decoder pixels or --no-deco"]),
+        (["--model", "mar-b", "--decoder", "pixels"], ["without a name here, not for mar-b"]),
+        (["--model", "mar-b", "--latent-shift", 1], ["without a name here, not for mar-b"]),
+        (["--model", "mar-b", "--vae", "f8", "--no-decoder"], ["--no-decoder and --vae contradict each other"]),
+    ],
+)
+def test_decoders_that_cannot_be(
+    export_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[Any], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f8").mkdir()
+    write_vae(tmp_path / "f8", "f8", "folder")
+    save(tmp_path / "a.pth", own((4, 4), 2, 2, 17, structs.replace(KL16)))
+    own_options = [] if "--model" in options else ["--checkpoint", "a.pth", "--heads", 2]
+    one_line_error(export_cli("build", *own_options, *options, "--out", "b"), 2, *words)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_vae_of_another_stride_than_the_named_model_s(export_cli: Cli, tmp_path: Path) -> None:
+    write_vae(tmp_path, "f8", "folder")
+    result = export_cli("build", "--model", "mar-b", "--random-weights", "--vae", tmp_path, "--out", tmp_path / "b")
+    one_line_error(result, 1, "has latents of 4 channels, mar-b needs 16; give another --vae")
 
 
 def test_inspect_says_what_a_checkpoint_is(export_cli: Cli, tmp_path: Path) -> None:

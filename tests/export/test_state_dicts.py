@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from test_checkpoints import TINY, outline
 from torch import Tensor
 
-from gtr_deploy.export.build.checkpoints import expected_vae_decoder, load_mar, load_vae_decoder, random_mar
+from gtr_deploy.export.build.checkpoints import load_mar, random_mar
 from gtr_deploy.export.build.digests import file_sha256, known_file, weights_sha256
 from gtr_deploy.export.build.reading import read_checkpoint
 from gtr_deploy.export.build.request import BuildRequest
 from gtr_deploy.export.build.sources import resolve_weights
 from gtr_deploy.export.build.state_dicts import StateDict, find_state_dicts, movement
+from gtr_deploy.export.build.vae import expected_vae_decoder, load_vae_decoder
 from gtr_deploy.export.zoo import KL16, MAR_B_SHA256, published
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.errors import GtrError

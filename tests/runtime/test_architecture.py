@@ -14,7 +14,7 @@ from gtr_deploy.export.graphs.backbone import Backbone
 from gtr_deploy.export.graphs.diffusion_head import DiffusionHead, Modulation
 from gtr_deploy.runtime.models.architecture import Architecture, Decoder
 from gtr_deploy.runtime.models.conditioning import Conditioner
-from gtr_deploy.runtime.models.families import FAMILIES, decode_model, known_models
+from gtr_deploy.runtime.models.families import FAMILIES, decode_model, graph_specs, known_models
 
 NAMES = {"class_names": ["one", "two", "three", "four", "five"]}
 
@@ -32,7 +32,7 @@ def valid() -> dict[str, Any]:
         "heads": 4,
         "head_depth": 3,
         "head_width": 128,
-        "decoder": {"kind": "kl16", "stride": 16, "patch": 1, "scale": 0.2325, "shift": 0.0},
+        "decoder": {"kind": "kl", "stride": 16, "patch": 1, "scale": 0.2325, "shift": 0.0},
     }
 
 
@@ -81,6 +81,32 @@ def test_derived_sizes() -> None:
     assert msgspec.structs.replace(architecture, decoder=patches, token_channels=9).image_size == (18, 30)
     assert ARCHITECTURES["mar-h"].image_size == (256, 256)
     assert ARCHITECTURES["mar-digits"].image_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "channels", "text"),
+    [
+        (Decoder(kind="patches", stride=1, patch=4), 16, "4x4 grey pixels a token; pictures of 24x40"),
+        (Decoder(kind="patches", stride=1, patch=2), 12, "2x2 RGB pixels a token; pictures of 12x20"),
+        (
+            Decoder(kind="kl", stride=8, patch=2, scale=1.5305, shift=0.0609),
+            64,
+            "KL autoencoder, 16 channels, stride 8, patch 2, scale 1.5305, shift 0.0609; pictures of 96x160",
+        ),
+        (Decoder(kind="none", stride=1), 7, "none; latents are what comes out"),
+        (
+            Decoder(kind="none", stride=16, scale=0.2325),
+            16,
+            "none; latents are what comes out: 16 channels, stride 16, patch 1, scale 0.2325, shift 0",
+        ),
+    ],
+)
+def test_decoders(decoder: Decoder, channels: int, text: str) -> None:
+    model = {**valid(), "token_channels": channels, "decoder": msgspec.to_builtins(decoder)}
+    architecture, _ = decoded(model)
+    assert architecture.decoder == decoder
+    assert architecture.decoding == text
+    assert ("decoder" in graph_specs(architecture)) == architecture.decoder.makes_pictures == (decoder.kind != "none")
 
 
 @pytest.mark.parametrize("name", sorted(valid()))
@@ -143,10 +169,13 @@ def test_width_must_be_a_multiple_of_heads() -> None:
     "decoder",
     [
         {"kind": "vqgan", "stride": 8},
-        {"kind": "kl16"},
-        {"kind": "kl16", "stride": 16, "scale": 0},
-        {"kind": "kl16", "stride": 16, "shift": "0"},
-        {"kind": "kl16", "stride": 10**6},
+        {"kind": "kl"},
+        {"kind": "kl", "stride": 16, "scale": 0},
+        {"kind": "kl", "stride": 16, "shift": "0"},
+        {"kind": "kl", "stride": 10**6},
+        {"kind": "kl", "stride": 16, "groups": 0},
+        {"kind": "patches", "stride": 2},
+        {"kind": "patches", "stride": 1, "patch": 4, "scale": 2.0},
         "kl16",
     ],
 )
@@ -173,6 +202,9 @@ def test_tokens_are_whole_patches() -> None:
     model = valid()
     model["decoder"]["patch"] = 4
     assert decoded(model)[0].image_size == (384, 640)
+    model["decoder"] = {"kind": "patches", "stride": 1, "patch": 2}
+    with pytest.raises(ValueError, match="16 channels of a token are neither 2x2 grey pixels nor RGB ones"):
+        decoded(model)
     model["decoder"]["patch"] = 3
     with pytest.raises(ValueError, match="16 channels of a token are not those of 3x3 patches"):
         decoded(model)
