@@ -224,7 +224,11 @@ def test_stopped_in_the_middle(own_bundle: Path, stop: signal.Signals, code: int
         kept = "finished engines are kept; the same command goes on from there"
         assert rest.splitlines()[-1].endswith(f": stopped; {kept}")
         partial = own_bundle / "engines" / f"{KEY}.partial"
-        assert sorted(path.name for path in partial.iterdir()) == ["backbone.engine", "modulation.engine", "stages.json"]
+        assert sorted(path.name for path in partial.iterdir()) == [
+            "backbone.engine",
+            "modulation.engine",
+            "stages.json",
+        ]
     assert (own_bundle / "manifest.json").read_bytes() == before
     result = make(own_bundle, max_batch=1, optimization_level=0)
     assert result.cached == KINDS[:2]
