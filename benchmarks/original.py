@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,13 @@ FILES = ("models/mar.py", "models/diffloss.py", "diffusion/__init__.py")
 
 
 class OriginalContender:
-    """``MAR.sample_tokens`` of LTH14/mar in float32, on the CPU."""
+    """``MAR.sample_tokens`` of LTH14/mar on the CPU, in float32 or as one of ``PEERS``."""
 
-    backend = ORIGINAL
-
-    def __init__(self, folder: Path, bundle: Bundle, threads: int) -> None:
+    def __init__(self, folder: Path, bundle: Bundle, threads: int, backend: str = ORIGINAL) -> None:
         """Args:
             folder: checkout of the original project.
             bundle: fp32; the weights that it was built from are loaded.
+            backend: ``ORIGINAL`` or one of ``PEERS``.
 
         Raises:
             UsageError: the folder is no checkout, or the model none of the original's.
@@ -46,7 +45,7 @@ class OriginalContender:
         a = bundle.architecture
         if not isinstance(a, MarArchitecture):
             raise UsageError(f"--original: {a.name} is no model of the original project")
-        self.bundle, self._classes = bundle, a.classes
+        self.bundle, self._classes, self.backend = bundle, a.classes, backend
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise UsageError(f"--original {folder} has no {missing[0]}; it should be a checkout of LTH14/mar")
@@ -79,6 +78,13 @@ class OriginalContender:
             )  # fmt: skip
         self._model.load_state_dict(dict(weights.checkpoint()))
         self._model.eval()
+        if backend == "original compiled":
+            for owner, name in (
+                (self._model, "forward_mae_encoder"),
+                (self._model, "forward_mae_decoder"),
+                (self._model.diffloss.net, "forward_with_cfg"),
+            ):
+                setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
 
     @contextmanager
     def _on_cpu(self) -> Iterator[None]:
@@ -101,7 +107,13 @@ class OriginalContender:
         self._torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         labels = self._torch.arange(batch) % self._classes
-        with self._on_cpu(), patch.object(self._model.diffloss, "gen_diffusion", diffusion), stopwatch() as spent:
+        lower = self._torch.autocast("cpu", self._torch.bfloat16) if self.backend == "original bf16" else nullcontext()
+        with (
+            self._on_cpu(),
+            lower,
+            patch.object(self._model.diffloss, "gen_diffusion", diffusion),
+            stopwatch() as spent,
+        ):
             self._model.sample_tokens(
                 batch, len(plan.steps), settings.cfg, settings.cfg_schedule, labels, settings.temperature
             )

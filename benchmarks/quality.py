@@ -11,7 +11,6 @@ its figures over all blocks so far and its differences from ``gtr`` on the same 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import time
@@ -23,11 +22,11 @@ from typing import Any
 import click
 import numpy as np
 from contenders import stopwatch
-from quality_configurations import CONFIGURATIONS, PAIRS, Configuration
+from quality_configurations import CONFIGURATIONS, FURTHER, PAIRS, Configuration
 from records import append_record, cpu_details
 
 from gtr_deploy.runtime import Bundle, Pipeline, UsageError
-from gtr_deploy.runtime.files import atomic_path, cache_dir, sha256
+from gtr_deploy.runtime.files import atomic_path, cache_dir
 from gtr_deploy.runtime.quality.digits import DigitSample, digit_differences, digit_figures, real_digits
 from gtr_deploy.runtime.quality.estimates import Estimate
 from gtr_deploy.runtime.sampling.named import named_plan
@@ -44,9 +43,19 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 @click.option("--pictures", type=click.Path(path_type=Path), help="Where made images are kept (the user's cache).")
 @click.option("--threads", default=1, show_default=True)
+@click.option(
+    "--only", type=click.Choice(sorted(FURTHER)), help="One of the further sweeps, into --results of its own."
+)
 @click.option("--plot", is_flag=True, help="Draws the figures of docs/quality.md from --results; nothing is measured.")
 def main(
-    folder: Path, images: int, blocks: int, results: Path, pictures: Path | None, threads: int, plot: bool
+    folder: Path,
+    images: int,
+    blocks: int,
+    results: Path,
+    pictures: Path | None,
+    threads: int,
+    only: str | None,
+    plot: bool,
 ) -> None:
     """Measures every configuration in every block; what --results holds already is skipped."""
     if plot:
@@ -57,8 +66,7 @@ def main(
         print(tables(read_lines(results)))
         return
     bundle = Bundle.load(folder)
-    sums = [sha256(path) for _, path in sorted(bundle.graph_paths().items())]
-    digest = hashlib.sha256("".join(sums).encode()).hexdigest()
+    digest, entries = bundle.digest, CONFIGURATIONS if only is None else FURTHER[only]
     cpu, flags = cpu_details()
     environment = {
         "model": bundle.architecture.name, "precision": bundle.precision, "bundle": digest, "images": images,
@@ -76,12 +84,12 @@ def main(
     pipeline = Pipeline.load(bundle, backend="onnxruntime", threads=threads)
     plans = {
         entry.name: named_plan(entry.preset, bundle.architecture, bundle.plan_defaults, entry.overrides)
-        for entry in CONFIGURATIONS
+        for entry in entries
     }
     work = [
         (block, entry)
         for block in range(blocks)
-        for entry in CONFIGURATIONS
+        for entry in entries
         if (block, entry.name) not in done and not (entry.once and block)
     ]
     left = float(sum(plans[entry.name].flops for _, entry in work))

@@ -89,6 +89,17 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
     Configuration("max timestep", "mar at 999", {"max_timestep": 999}, "mar", once=True),
 )
 
+#: Measured by themselves, with ``--only`` and a results file of their own; the base first.
+FURTHER: dict[str, tuple[Configuration, ...]] = {
+    "guidance-interval": (
+        Configuration("preset", "gtr"),
+        *(
+            Configuration("guidance interval", f"guided {first:g}..{end:g}", {"guidance_interval": (first, end)})
+            for first, end in ((0.1, 1.0), (0.25, 1.0), (0.5, 1.0), (0.0, 0.5))
+        ),
+    ),
+}
+
 #: Differences that are not from ``gtr``: first less second, on the same images, once all blocks are made.
 PAIRS: tuple[tuple[str, str], ...] = (
     ("3 steps, fts 10%", "3 steps, fts none"),

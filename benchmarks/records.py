@@ -26,8 +26,10 @@ NAMES = ("model", "plan", "batch", "backend", "precision", "threads")
 """What one measured point is, beside run and machine."""
 
 ORIGINAL = "original"
-REFERENCES = (ORIGINAL, "torch")
-"""What ratios are against, with the plan ``mar``: the original project's code, or else the torch backend."""
+PEERS = {"original bf16": "bfloat16 autocast", "original compiled": "torch.compile"}
+"""What else a user might do with the original's code, and how."""
+REFERENCES = (ORIGINAL, *PEERS, "torch")
+"""Timed with the plan ``mar`` alone. Ratios are against the original in float32, or else the torch backend."""
 
 
 def environment() -> dict[str, Any]:
@@ -180,7 +182,7 @@ def _point(lines: Sequence[Mapping[str, Any]]) -> Point:
 
 def _with_ratio(key: tuple[Any, ...], found: Mapping[tuple[Any, ...], Point]) -> Point:
     run, model, _, batch, _, _, threads = key
-    for backend in REFERENCES:
+    for backend in (ORIGINAL, "torch"):
         for size in (batch, 1):
             reference = found.get((run, model, "mar", size, backend, "fp32", threads))
             if reference is not None:

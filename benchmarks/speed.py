@@ -21,7 +21,7 @@ import click
 from contenders import Contender, PipelineContender, short_plan
 from original import OriginalContender
 from profiling import HOST, profile_parts
-from records import ORIGINAL, REFERENCES, append_record, environment, load_average, now, points_of, read_records
+from records import ORIGINAL, PEERS, REFERENCES, append_record, environment, load_average, now, points_of, read_records
 from report import markdown, newest, plot_points
 from roofline import Rates, measure_rates
 
@@ -49,7 +49,7 @@ def main() -> None:
 @click.option("--plans", default="mar,gtr,gtr-fast", show_default=True, help="Presets.")
 @click.option("--batch", default="1", show_default=True, help="Batch sizes.")
 @click.option("--backends", default="torch,onnxruntime,openvino", show_default=True, help="Those that cannot, say so.")
-@click.option("--original", type=_PATH, help="Checkout of LTH14/mar, to measure it, too.")
+@click.option("--original", type=_PATH, help="Checkout of LTH14/mar: measured as it is, in bfloat16, compiled.")
 @click.option("--threads", type=_THREADS, default=1, show_default=True, help="Of every contender.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Turns of every contender.")
 @click.option("--results", type=_PATH, default=RESULTS, show_default=True, help="JSON lines to add to.")
@@ -87,7 +87,8 @@ def _opened(
     openers: list[tuple[str, Bundle, Callable[[], Contender]]] = []
     for bundle in bundles:
         if original is not None and bundle.precision == "fp32":
-            openers.append((ORIGINAL, bundle, lambda b=bundle: OriginalContender(original, b, threads)))
+            for name in (ORIGINAL, *PEERS):
+                openers.append((name, bundle, lambda n=name, b=bundle: OriginalContender(original, b, threads, n)))
         for name in backends:
             openers.append((name, bundle, lambda n=name, b=bundle: PipelineContender(n, b, threads)))
     found: list[Contender] = []
