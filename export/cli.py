@@ -12,6 +12,7 @@ import click
 from ..runtime.bundle.engine_sets import FLAVOURS
 from ..runtime.commands.backend_options import BackendName
 from ..runtime.commands.console import CommandGroup, Reporter, echo, print_json, print_table
+from ..runtime.commands.plan_options import plan_default_options
 from ..runtime.commands.stop import if_stopped
 from ..runtime.errors import BundleError, GtrError
 from ..runtime.models.families import known_models
@@ -57,6 +58,7 @@ main.add_command(sensitivity)
     help="Which weights of the checkpoint: averaged (EMA) or last ones; auto is EMA where the file has it.",
 )
 @own_model_options
+@plan_default_options
 @click.option("--random-weights", is_flag=True, help="Untrained weights: everything but the pictures is real.")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Default: fp32, or fp16 where engines are built.")
 @click.option(
@@ -87,6 +89,7 @@ def build(
     as_json: bool,
     own: dict[str, Any],
     class_names: Path | None,
+    plan_defaults: dict[str, Any],
     choices: dict[str, Any],
     calibration: dict[str, Any],
 ) -> None:
@@ -112,7 +115,7 @@ def build(
     settings, out = CalibrationChoices(**calibration), out or Path()
     request = BuildRequest(
         model, out, checkpoint, vae, random_weights, precision, max_batch, force, settings, weights,
-        OwnModel(**own), class_names,
+        OwnModel(**own), class_names, plan_defaults=plan_defaults,
     )  # fmt: skip
     if out == Path():
         request = replace(request, out=default_out(request))
@@ -277,7 +280,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
         ("precision", f"{opened.precision}; float32: {', '.join(manifest.precision.float32)}"),
         ("weights", weights),
         *([("VAE", described(architecture.name, "vae", source.vae))] if source.vae else []),
-        ("plans", ", ".join(f"{key} {value}" for key, value in opened.plan_defaults.items())),
+        ("plans", ", ".join(f"{key} {_plain(value)}" for key, value in opened.plan_defaults.items())),
         ("batch", f"up to {opened.max_batch}"),
         ("tools", ", ".join(f"{key} {value}" for key, value in manifest.tools.items())),
         ("evidence", _evidence(opened)),
@@ -290,6 +293,10 @@ def inspect(bundle: Path, as_json: bool) -> None:
     print_table(["graph", "opset", "MiB", "inputs -> outputs"], rows)
     if opened.engine_sets:
         print_table(["engines", "precision", "plans", "batch", "MB"], engine_rows(opened.engine_sets))
+
+
+def _plain(value: Any) -> str:
+    return ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
 
 
 def _evidence(opened) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.models.architecture import Architecture
-from .graphs.backbone import Backbone
+from .graphs.backbone import Backbone, UnconditionalBackbone
 from .graphs.diffusion_head import DiffusionHead, DiffusionStep, Modulation
 
 
@@ -33,20 +33,21 @@ class NetworkModule:
 
 @dataclass(frozen=True)
 class ExportFamily:
-    """What exporting knows of one model family: graph kind to its module."""
+    """What exporting knows of one model family: graph kind to its module, and the names that a checkpoint may have
+    beside theirs, which nothing reads."""
 
     networks: Mapping[str, NetworkModule]
+    unread: tuple[str, ...] = ()
 
 
-MAR = ExportFamily(
-    {
-        "backbone": NetworkModule(Backbone),
-        "modulation": NetworkModule(Modulation, "diffloss.net."),
-        "diffusion_step": NetworkModule(DiffusionHead, "diffloss.net.", DiffusionStep),
-    }
-)
+_HEAD = {
+    "modulation": NetworkModule(Modulation, "diffloss.net."),
+    "diffusion_step": NetworkModule(DiffusionHead, "diffloss.net.", DiffusionStep),
+}
+MAR = ExportFamily({"backbone": NetworkModule(Backbone), **_HEAD})
+UNCONDITIONAL = ExportFamily({"backbone": NetworkModule(UnconditionalBackbone), **_HEAD}, unread=("class_emb.weight",))
 
-FAMILIES: dict[str, ExportFamily] = {"mar": MAR}
+FAMILIES: dict[str, ExportFamily] = {"mar": MAR, "mar-unconditional": UNCONDITIONAL}
 """Family name to its torch side."""
 
 

@@ -59,6 +59,13 @@ _OPTIONS = {
         metavar="X",
         help="Own model: what was subtracted from them before; the VAE decodes latents / scale + shift.",
     ),
+    "own_unconditional": click.option(
+        "--unconditional",
+        "own_unconditional",
+        is_flag=True,
+        default=None,
+        help="Own model: leaves its classes out; found by itself where the file has none.",
+    ),
     "class_names": click.option(
         "--class-names",
         "class_names",
@@ -109,6 +116,7 @@ def inspect_checkpoint(path: Path, as_json: bool) -> None:
                 "sizes": found.values,
                 "from": found.origins,
                 "missing": found.missing,
+                "notes": found.notes,
                 "known": known,
                 "next": following,
             }
@@ -117,6 +125,8 @@ def inspect_checkpoint(path: Path, as_json: bool) -> None:
     rows = [[name.replace("_", " "), shown(value), found.origins[name]] for name, value in found.values.items()]
     rows += [[name, "?", question] for name, question in found.missing.items()]
     print_table(["what", "size", "from"], rows, title=f"{path.name}: {taken}")
+    for note in found.notes:
+        click.echo(note)
     if known:
         echo(f"these are the sizes of {known}")
     echo(f"next: {following}")

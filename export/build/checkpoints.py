@@ -25,6 +25,7 @@ from ...runtime.models.mar import MarArchitecture
 from ..families import export_family
 from .files import refusal
 from .inference import find
+from .layouts import is_emigm, official
 from .reading import read_checkpoint
 from .state_dicts import YOUNG, StateDict, choose, find_state_dicts, movement
 from .told import Told
@@ -65,8 +66,14 @@ def load_mar(path: Path, architecture: Architecture, wanted: str = "auto") -> Ta
     """
     content = read_checkpoint(path)
     expected = expected_mar(architecture)
+    unread = export_family(architecture).unread
     candidates = find_state_dicts(content, expected)
     found = choose(path, candidates, wanted, expected)
+    if is_emigm(found.entries) and architecture.name in known_models():
+        hint = "build it without --model: gtr-export build --checkpoint FILE"
+        raise refusal(path, f"does not hold the weights of {architecture.name}: it has eMIGM's layout; {hint}")
+    candidates = [state._replace(entries=official(state.entries, unread)) for state in candidates]
+    found = found._replace(entries=official(found.entries, unread))
     problems = compare(found.entries, expected)
     if problems:
         hint = _mar_hint(found.entries, architecture)

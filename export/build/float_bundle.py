@@ -87,7 +87,7 @@ def build_float(request: BuildRequest, reporter: Reporter) -> BuildResult:
             precision=Precision(request.precision, request.precision, float32, ()),
             graphs=graphs,
             engines=_kept_engines(old, request.precision, graphs, folder.partial),
-            plan_defaults=PlanDefaults(**_plan_defaults(entry, weights)),
+            plan_defaults=PlanDefaults(**_plan_defaults(request, weights)),
             max_batch=request.max_batch,
             source=weights.source(keys),
             tools=tool_versions(),
@@ -147,11 +147,12 @@ def _export(spec: GraphSpec, request: BuildRequest, entry: ModelEntry, weights: 
     return GraphFiles.of(partial, relative)
 
 
-def _plan_defaults(entry: ModelEntry, weights: Weights) -> dict[str, Any]:
+def _plan_defaults(request: BuildRequest, weights: Weights) -> dict[str, Any]:
+    defaults = request.entry().plan_defaults
     if weights.random_seed is None:
-        return entry.plan_defaults
+        return defaults
     # Untrained weights do not predict the noise; from t=999 the reverse chain multiplies that error to 1e4 and more.
-    return {**entry.plan_defaults, "max_timestep": 950}
+    return {**defaults, "max_timestep": 950, **request.plan_defaults}
 
 
 def _is_current(old: Bundle, request: BuildRequest, keys: Mapping[str, str], weights: Weights) -> bool:
@@ -162,7 +163,7 @@ def _is_current(old: Bundle, request: BuildRequest, keys: Mapping[str, str], wei
     entry = request.entry()
     if old.conditioner != entry.model.conditioner:
         return False
-    if old.plan_defaults != _plan_defaults(entry, weights) or manifest.tools != tool_versions():
+    if old.plan_defaults != _plan_defaults(request, weights) or manifest.tools != tool_versions():
         return False
     try:
         old.graph_paths(checksums=False)

@@ -16,8 +16,9 @@ import msgspec
 
 from ...runtime.errors import GtrError, UsageError, printable
 from ...runtime.models.families import known_models
-from ...runtime.models.mar import MarArchitecture
+from ...runtime.models.mar import MarArchitecture, UnconditionalArchitecture
 from .decoder_choice import choose_decoder, decoder_of, decoder_questions
+from .layouts import CLASSES, guidance_interval, is_emigm, official, published, unconditional
 from .told import Told
 
 ORIGINAL_NAMES = {"mar_base": "mar-b", "mar_large": "mar-l", "mar_huge": "mar-h"}
@@ -51,10 +52,14 @@ class Findings:
             ``buffer`` always; ``heads``, ``patch``, ``grid`` and the kind of ``decoder`` where somebody says them;
             ``latent_channels`` of a cell, its ``stride`` in pixels, ``scale``, ``shift`` and ``groups`` with them.
         origins: ``tensors``, ``args.NAME``, an option, or ``square``.
+        notes: what else people should know, a line each.
+        plan_defaults: what plans on a published model start from.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    plan_defaults: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, value: Any, origin: str) -> None:
         """One more source of a size.
@@ -88,7 +93,7 @@ class Findings:
             if (names := [name for name in self.values if self.origins[name] == origin])
         )
 
-    def architecture(self, name: str) -> MarArchitecture:
+    def architecture(self, name: str) -> MarArchitecture | UnconditionalArchitecture:
         """The model's sizes, under a name of its own.
 
         Raises:
@@ -99,17 +104,18 @@ class Findings:
             raise UsageError(f"does not say {', nor '.join(self.missing.values())}")
         return self._made(name=name, decoder=msgspec.to_builtins(decoder_of(self.values)))
 
-    def shapes(self) -> MarArchitecture:
+    def shapes(self) -> MarArchitecture | UnconditionalArchitecture:
         """A model of the same tensors, whatever is missing: heads, grid and patches change none."""
         tokens = self.values["tokens"]
         rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
         decoder = {"kind": "none", "stride": 1}
         return self._made(name="any", heads=1, grid=(rows, tokens // rows), decoder=decoder)
 
-    def _made(self, **more: Any) -> MarArchitecture:
-        sizes = {key: self.values[key] for key in MarArchitecture.__struct_fields__ if key in self.values}
+    def _made(self, **more: Any) -> MarArchitecture | UnconditionalArchitecture:
+        kind = MarArchitecture if self.values["classes"] else UnconditionalArchitecture
+        sizes = {key: self.values[key] for key in kind.__struct_fields__ if key in self.values}
         try:
-            return msgspec.convert({"family": "mar", **sizes, **more}, MarArchitecture)
+            return msgspec.convert({"family": kind.__struct_config__.tag, **sizes, **more}, kind)
         except msgspec.ValidationError as error:
             raise GtrError(f"cannot be a model of this family: {error}") from None
 
@@ -127,9 +133,16 @@ def find(state: Mapping[Any, Any], args: Any, told: Told) -> Findings:
         UsageError: an option contradicts the file.
     """
     found = Findings()
-    _from_tensors(found, state)
     given = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
+    reason = unconditional(state, given, told.unconditional)
+    emigm = is_emigm(state)
+    state = official(state, (CLASSES,) if reason else ())
+    _from_tensors(found, state)
+    if reason:
+        found.notes.append(f"unconditional ({reason}): nothing is asked of it, and nothing is guided")
     _from_args(found, given)
+    if emigm:
+        _from_emigm(found)
     for name, option, value in (("heads", "--heads", told.heads), ("patch", "--patch-size", told.patch_size)):
         if value is not None:
             found.add(name, value, option)
@@ -140,7 +153,7 @@ def find(state: Mapping[Any, Any], args: Any, told: Told) -> Findings:
 
 
 def _from_tensors(found: Findings, state: Mapping[Any, Any]) -> None:
-    classes, width = _shape(state, "class_emb.weight", 2)
+    classes, width = _shape(state, CLASSES, 2) if CLASSES in state else (0, _shape(state, "fake_latent", 2)[1])
     _, tokens, _ = _shape(state, "diffusion_pos_embed_learned", 3)
     _, slots, _ = _shape(state, "encoder_pos_embed_learned", 3)
     head_width, channels = _shape(state, "diffloss.net.input_proj.weight", 2)
@@ -155,7 +168,8 @@ def _from_tensors(found: Findings, state: Mapping[Any, Any]) -> None:
         "buffer": slots - tokens,
     }
     for name, value in sizes.items():
-        if not (name != "buffer") <= value <= _LARGEST:
+        least = 0 if name == "buffer" or (name == "classes" and CLASSES not in state) else 1
+        if not least <= value <= _LARGEST:
             raise GtrError(f"cannot be a model of this family: {name.replace('_', ' ')} {value}")
         found.add(name, value, "tensors")
     if (decoder := _blocks(state, "decoder_blocks.")) != sizes["depth"]:
@@ -164,6 +178,8 @@ def _from_tensors(found: Findings, state: Mapping[Any, Any]) -> None:
 
 def _from_args(found: Findings, args: Mapping[Any, Any]) -> None:
     for name, argument in _ARGS.items():
+        if name == "classes" and not found.values["classes"]:
+            continue  # what the training was told, and did not use
         if args.get(argument) is not None:
             found.add(name, _whole(args[argument], argument), f"args.{argument}")
     model = args.get("model")
@@ -173,6 +189,24 @@ def _from_args(found: Findings, args: Mapping[Any, Any]) -> None:
     if entry is not None and isinstance(entry.architecture, MarArchitecture):
         for name in ("width", "depth", "heads"):
             found.add(name, getattr(entry.architecture, name), f"args.model {printable(model, 30)}")
+
+
+def _from_emigm(found: Findings) -> None:
+    """What goes with the sizes that are published; other sizes say as much as any MAR's."""
+    model, stride = published(found.values) or (None, 0)
+    name = model.name if model else "eMIGM"
+    found.notes.append(f"{name}'s layout: its null embedding is its mask token, too")
+    if model is None:
+        return
+    if model.times is None:
+        found.notes.append("its latents are DC-AE's, for which this version has no decoder")
+    for size, value in (("heads", model.heads), ("patch", 1), ("stride", stride)):
+        if size not in found.values:
+            found.add(size, value, name)
+    if model.times is not None and found.values["classes"]:
+        interval = guidance_interval(model.times)
+        found.plan_defaults.update(cfg=4.0, cfg_schedule="constant", guidance_interval=interval)
+        found.notes.append(f"plans start from {name}'s own guidance: cfg 4 between {interval[0]} and {interval[1]}")
 
 
 def _latents(found: Findings) -> None:

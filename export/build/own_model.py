@@ -5,17 +5,22 @@ Importing this module does not import torch; a checkpoint is looked at where its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from msgspec import structs
 
 from ...runtime.commands.console import Reporter
 from ...runtime.errors import GtrError, UsageError, printable
+from ...runtime.models.architecture import Architecture
 from ...runtime.models.class_conditioner import ClassConditioner
 from ...runtime.models.families import known_models
 from ...runtime.models.family import KnownModel
 from ...runtime.models.mar import MarArchitecture
+from ...runtime.models.nothing import NothingAsked
+from ...runtime.sampling.plan import PlanSettings, resolve
 from ..zoo import KL16, ModelEntry
 from .class_names import read_class_names
 from .inference import Findings, find
@@ -45,34 +50,42 @@ def resolved(request: BuildRequest, reporter: Reporter) -> BuildRequest:
         if request.own.decoder == "none":
             entry = without_decoder(entry)
         architecture = entry.architecture
-        if request.class_names is None:
+        if request.class_names is None and not request.plan_defaults:
             return request if entry is request.entry() else replace(request, found=entry)
-        if not isinstance(architecture, MarArchitecture):
-            raise UsageError(f"--class-names: {request.name} is not asked for by class")
-        classes = architecture.classes
+        classes = architecture.classes if isinstance(architecture, MarArchitecture) else 0
     else:
         path = request.checkpoint
         assert path is not None  # checked
         if not path.exists():
             raise UsageError(f"--checkpoint {printable(str(path))} does not exist")
         own, vae = request.own, request.vae and _vae_facts(request.vae)
-        told = Told(own.heads, own.patch_size, own.grid, vae, own.decoder, own.latent_scale, own.latent_shift)
+        told = Told(
+            own.heads, own.patch_size, own.grid, vae, own.decoder, own.latent_scale, own.latent_shift, own.unconditional
+        )
         found, _, known = findings(path, told, request.weights)
         try:
             architecture = found.architecture(request.name)
         except GtrError as error:
+            notes = "".join(f"; {note}" for note in found.notes)
             hint = f", or --model {known} if it is that" if known and found.missing else ""
-            raise _named(path, error, hint) from None
-        reporter.say(f"model: {found.summary}")
+            raise _named(path, error, hint + notes) from None
+        for line in (found.summary, *found.notes):
+            reporter.say(f"model: {line}")
         if known:
             reporter.say(f"model: the sizes are those of {known}; --model {known} has its class names and guidance")
         source = KL16 if architecture.decoder.has_weights else None
-        classes = architecture.classes
-        numbers = ClassConditioner(tuple(map(str, range(classes))))
-        entry = ModelEntry(KnownModel(architecture, numbers, NEUTRAL_PLAN), vae=source)
+        classes = found.values["classes"]
+        asked = ClassConditioner(tuple(map(str, range(classes)))) if classes else NothingAsked()
+        entry = ModelEntry(KnownModel(architecture, asked, NEUTRAL_PLAN | found.plan_defaults), vae=source)
     if request.class_names is not None:
+        if not classes:
+            raise UsageError(f"--class-names: {request.name} is not asked for by class")
         conditioner = ClassConditioner(read_class_names(request.class_names, classes))
         entry = replace(entry, model=replace(entry.model, conditioner=conditioner))
+    if request.plan_defaults:
+        defaults = {**entry.plan_defaults, **request.plan_defaults}
+        check_defaults(defaults, architecture)
+        entry = replace(entry, model=replace(entry.model, plan_defaults=defaults))
     return replace(request, found=entry)
 
 
@@ -93,6 +106,17 @@ def _vae_facts(path: Path) -> VaeFacts:
     return vae_facts(path)
 
 
+def check_defaults(defaults: Mapping[str, Any], architecture: Architecture) -> None:
+    """Whether plans can start from these.
+
+    Raises:
+        PlanError: a value is out of range, or this model cannot be guided.
+    """
+    # The shortest plan there is: what presets choose themselves has nothing to do with it.
+    shortest = PlanSettings("defaults", (1,), generation_diffusion=(1, 1), reconstruction_diffusion=1, fts_diffusion=1)
+    resolve(shortest, architecture, defaults)
+
+
 def findings(path: Path, told: Told, wanted: str = "auto") -> tuple[Findings, str, str | None]:
     """What a checkpoint and a person say of the model, every key and shape compared.
 
@@ -107,6 +131,7 @@ def findings(path: Path, told: Told, wanted: str = "auto") -> tuple[Findings, st
     """
     from .checkpoints import compare, expected_mar, looks_like
     from .files import refusal
+    from .layouts import CLASSES, is_emigm, official
     from .reading import read_checkpoint
     from .state_dicts import choose, find_state_dicts
 
@@ -118,9 +143,10 @@ def findings(path: Path, told: Told, wanted: str = "auto") -> tuple[Findings, st
         shapes = found.shapes()
     except GtrError as error:
         raise _named(path, error) from None
+    emigm, state = is_emigm(state), official(state, () if found.values["classes"] else (CLASSES,))
     if problems := compare(state, expected_mar(shapes)):
         raise refusal(path, f"is no MAR checkpoint in the official layout: {problems}")
-    known = known_models().get(looks_like(state) or "")
+    known = None if emigm else known_models().get(looks_like(state) or "")
     same = known is not None and not compare(state, expected_mar(known.architecture))
     return found, taken, known.architecture.name if known is not None and same else None
 

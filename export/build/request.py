@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...runtime.errors import UsageError, printable
 from ...runtime.models.graphs import PRECISIONS
@@ -34,7 +36,8 @@ AUTO = "auto"
 class OwnModel:
     """What a person says of a model that has no name here, each only where the file does not: a name for it, attention
     heads, latent cells along a token's side, (rows, columns) of tokens, the decoder (of ``told.DECODERS``),
-    what latents were multiplied by after something was subtracted. ``none`` leaves any model's decoder out."""
+    what latents were multiplied by after something was subtracted, and that classes are left out. ``none`` leaves any
+    model's decoder out."""
 
     name: str | None = None
     heads: int | None = None
@@ -43,6 +46,7 @@ class OwnModel:
     decoder: str | None = None
     latent_scale: float | None = None
     latent_shift: float | None = None
+    unconditional: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class BuildRequest:
         model: a name of the zoo, or :data:`AUTO`.
         own: only with :data:`AUTO`.
         class_names: file of the classes' names, instead of the model's.
+        plan_defaults: what every plan of the bundle starts from (``sampling.plan.MODEL_DEFAULTS``), before the model's.
         found: sizes, conditioner and defaults, once they are known (``own_model.resolved``); None for the zoo's.
     """
 
@@ -69,6 +74,7 @@ class BuildRequest:
     own: OwnModel = OwnModel()
     class_names: Path | None = None
     found: ModelEntry | None = None
+    plan_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -105,7 +111,9 @@ class BuildRequest:
     def _check_own(self) -> None:
         own, without = self.own, self.own.decoder == "none"
         if self.model != AUTO and own != OwnModel(decoder="none" if without else None):
-            options = "--name, --heads, --patch-size, --grid, --decoder, --latent-scale and --latent-shift"
+            options = (
+                "--name, --heads, --patch-size, --grid, --unconditional, --decoder, --latent-scale and --latent-shift"
+            )
             raise UsageError(f"{options} are for models without a name here, not for {self.model}")
         if own.decoder not in (None, *DECODERS):
             raise UsageError(f"--decoder {own.decoder!r} is not one of {', '.join(DECODERS)}")

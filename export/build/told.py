@@ -32,7 +32,8 @@ class VaeFacts:
 @dataclass(frozen=True)
 class Told:
     """What a person says of a model: attention heads, latent cells along a token's side, (rows, columns) of tokens, the
-    VAE's file, one of :data:`DECODERS`, what latents were multiplied by after something was subtracted."""
+    VAE's file, one of :data:`DECODERS`, what latents were multiplied by after something was subtracted,
+    and that classes are left out."""
 
     heads: int | None = None
     patch_size: int | None = None
@@ -41,3 +42,4 @@ class Told:
     decoder: str | None = None
     scale: float | None = None
     shift: float | None = None
+    unconditional: bool = False

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...runtime.models.mar import MarArchitecture
+from ...runtime.models.mar import MarArchitecture, MaskedTransformer
 from .layers import Block, LayerNorm, Linear
 
 
-class Backbone(nn.Module):
+class _MaskedTransformer(nn.Module):
     """MAR encoder and decoder. Attribute names are the checkpoint's keys."""
 
-    def __init__(self, architecture: MarArchitecture) -> None:
+    def __init__(self, architecture: MaskedTransformer) -> None:
         super().__init__()
         width, slots = architecture.width, architecture.buffer + architecture.tokens
         self.buffer = architecture.buffer
-        self.class_emb = nn.Embedding(architecture.classes, width)
         self.fake_latent = nn.Parameter(torch.zeros(1, width))
         self.z_proj = Linear(architecture.token_channels, width, keep_float32=True)
         self.z_proj_ln = LayerNorm(width)
@@ -36,7 +35,7 @@ class Backbone(nn.Module):
         self.decoder_norm = LayerNorm(width)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, architecture.tokens, width))
 
-    def forward(self, tokens: Tensor, visible: Tensor, predict: Tensor, context: Tensor, labels: Tensor) -> Tensor:
+    def vectors(self, tokens: Tensor, visible: Tensor, predict: Tensor, context: Tensor, embedding: Tensor) -> Tensor:
         """Condition vectors of the tokens to predict.
 
         Args:
@@ -44,16 +43,11 @@ class Backbone(nn.Module):
             visible: int64 [B, V], their positions on the grid, row by row.
             predict: int64 [B, P], positions to predict now.
             context: int64 [B, R], other unknown positions that the decoder sees as mask tokens.
-            labels: int64 [G, B]; row 0 the class, row 1 (with guidance) the null label.
+            embedding: float32 [G, B, D], what the buffer holds copies of.
 
         Returns:
             float32 [G, B, P, D].
         """
-        names = torch.cat([self.class_emb.weight, self.fake_latent])
-        return self.vectors(tokens, visible, predict, context, F.embedding(labels, names))
-
-    def vectors(self, tokens: Tensor, visible: Tensor, predict: Tensor, context: Tensor, embedding: Tensor) -> Tensor:
-        """The same from the embedding [G, B, D] that the buffer holds copies of."""
         branches, batch, _ = embedding.shape
         known, predicted = visible.shape[1], predict.shape[1]
         width = self.fake_latent.shape[1]
@@ -87,3 +81,25 @@ class Backbone(nn.Module):
         x = self.decoder_blocks[-1](x, predicted)
         z = self.decoder_norm(x).reshape(branches, batch, predicted, width)
         return z + F.embedding(predict, self.diffusion_pos_embed_learned[0])
+
+
+class Backbone(_MaskedTransformer):
+    """MAR with classes."""
+
+    def __init__(self, architecture: MarArchitecture) -> None:
+        super().__init__(architecture)
+        self.class_emb = nn.Embedding(architecture.classes, architecture.width)
+
+    def forward(self, tokens: Tensor, visible: Tensor, predict: Tensor, context: Tensor, labels: Tensor) -> Tensor:
+        """As :meth:`vectors`; labels int64 [G, B]: row 0 the class, row 1 (with guidance) the null label."""
+        names = torch.cat([self.class_emb.weight, self.fake_latent])
+        return self.vectors(tokens, visible, predict, context, F.embedding(labels, names))
+
+
+class UnconditionalBackbone(_MaskedTransformer):
+    """MAR without classes: every image has the null embedding, as in the original's ``sample_tokens(labels=None)``."""
+
+    def forward(self, tokens: Tensor, visible: Tensor, predict: Tensor, context: Tensor) -> Tensor:
+        """As :meth:`vectors`; [1, B, P, D]."""
+        embedding = self.fake_latent.unsqueeze(0).expand(1, predict.shape[0], self.fake_latent.shape[1])
+        return self.vectors(tokens, visible, predict, context, embedding)

@@ -249,6 +249,7 @@ class PlanDefaults(Struct, frozen=True, forbid_unknown_fields=True):
 
     cfg: Annotated[int, Meta(ge=0, le=100)] | Annotated[float, Meta(ge=0, le=100)] | UnsetType = UNSET
     cfg_schedule: Literal["linear", "constant"] | UnsetType = UNSET
+    guidance_interval: tuple[Annotated[float, Meta(ge=0, le=1)], Annotated[float, Meta(ge=0, le=1)]] | UnsetType = UNSET
     max_timestep: Annotated[int, Meta(ge=0, le=999)] | UnsetType = UNSET
     temperature: Annotated[int, Meta(ge=0, le=10)] | Annotated[float, Meta(ge=0, le=10)] | UnsetType = UNSET
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..sampling.orders import ORDERS, PARITIES
-from ..sampling.plan import CFG_SCHEDULES, CONTEXTS, TOKEN_SCHEDULES, preset_names
+from ..sampling.plan import CFG_SCHEDULES, CONTEXTS, MODEL_DEFAULTS, TOKEN_SCHEDULES, preset_names
 from ..sampling.selection import FTS_RULES
 from .option_groups import given, with_options
 
@@ -63,6 +63,17 @@ _OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--temperature", "temperature", float, "Scales the noise of the reverse steps."),
     ("--decoder", "context", click.Choice(CONTEXTS), "Whether the decoder sees the mask tokens of later stages."),
 )
+
+
+def plan_default_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds an option for everything that a model has a default of its own for (``MODEL_DEFAULTS``); the command gets
+    ``plan_defaults``, what was typed."""
+    options = {
+        f"default_{name}": click.option(o, f"default_{name}", type=kind, help=f"What plans start from: {text}")
+        for o, name, kind, text in _OPTIONS
+        if name in MODEL_DEFAULTS
+    }
+    return with_options(command, options, lambda values: {"plan_defaults": given(values, "default_")})
 
 
 def plan_options(multiple: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -8,9 +8,9 @@ from .architecture import Architecture
 from .conditioning import Conditioner
 from .family import Family, KnownModel
 from .graphs import GraphSpec
-from .mar import MAR
+from .mar import MAR, UNCONDITIONAL
 
-FAMILIES: dict[str, Family] = {"mar": MAR}
+FAMILIES: dict[str, Family] = {"mar": MAR, "mar-unconditional": UNCONDITIONAL}
 """Family name, the tag of its architecture, to its description. The torch side is export/families.py."""
 
 

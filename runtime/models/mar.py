@@ -1,4 +1,5 @@
-"""The family ``mar``: class-conditional masked autoregressive models, main_mar.py and models/mar.py of LTH14/mar."""
+"""The family ``mar``: class-conditional masked autoregressive models, main_mar.py and models/mar.py of LTH14/mar; and
+``mar-unconditional``, the same without classes: the buffer holds copies of the null embedding."""
 
 from __future__ import annotations
 
@@ -11,19 +12,18 @@ from .class_conditioner import DIGITS, ClassConditioner, imagenet
 from .family import Family, KnownModel
 from .flops import FREQUENCIES, block_flops, head_flops
 from .graphs import GraphSpec, masked_generator_specs
+from .nothing import NothingAsked
 
 
-class MarArchitecture(Architecture, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="mar"):
-    """Sizes of one MAR model.
+class MaskedTransformer(Architecture, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Sizes of MAR's transformer.
 
     Attributes:
-        classes: number of classes; label ``classes`` stands for the learned null embedding.
         buffer: copies of the class embedding in front of the tokens.
         depth: blocks in the encoder, and the same number in the decoder.
         heads: attention heads.
     """
 
-    classes: Size
     buffer: Annotated[int, Meta(ge=0, le=1 << 16)]
     depth: Annotated[int, Meta(ge=1, le=1024)]
     heads: Size
@@ -34,12 +34,24 @@ class MarArchitecture(Architecture, frozen=True, forbid_unknown_fields=True, kw_
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
 
 
+class MarArchitecture(MaskedTransformer, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="mar"):
+    """Sizes of one MAR model; label ``classes`` stands for the learned null embedding."""
+
+    classes: Size
+
+
+class UnconditionalArchitecture(
+    MaskedTransformer, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="mar-unconditional"
+):
+    """Sizes of a MAR that knows no classes."""
+
+
 def graph_specs(architecture: MarArchitecture, max_batch: int) -> dict[str, GraphSpec]:
     """Of one model; the backbone's only conditioning is the class label."""
     return masked_generator_specs(architecture, max_batch, ClassConditioner.inputs)
 
 
-def backbone_flops(architecture: MarArchitecture, known: int, predicted: int, context: int, branches: int) -> int:
+def backbone_flops(architecture: MaskedTransformer, known: int, predicted: int, context: int, branches: int) -> int:
     """FLOPs of one backbone call per image: the encoder sees buffer and known tokens, the decoder all of them."""
     width, channels = architecture.width, architecture.token_channels
     seen = architecture.buffer + known
@@ -47,12 +59,13 @@ def backbone_flops(architecture: MarArchitecture, known: int, predicted: int, co
     return branches * (blocks + 2 * seen * width**2) + 2 * known * channels * width
 
 
-def parameters(architecture: MarArchitecture) -> int:
+def parameters(architecture: MaskedTransformer) -> int:
     """Weights of backbone and head, counted from the sizes alone."""
     a = architecture
     d, w, c = a.width, a.head_width, a.token_channels
     block = 12 * d * d + 13 * d
-    embeddings = (a.classes + 2) * d + 2 * (a.buffer + a.tokens) * d + a.tokens * d
+    classes = a.classes if isinstance(a, MarArchitecture) else 0
+    embeddings = (classes + 2) * d + 2 * (a.buffer + a.tokens) * d + a.tokens * d
     projections = (c * d + d) + 2 * d + 2 * d + (d * d + d) + 2 * d
     head_block = 2 * w + 2 * (w * w + w) + 3 * (w * w + w)
     head = (FREQUENCIES * w + w) + (w * w + w) + (d * w + w) + (c * w + w) + a.head_depth * head_block
@@ -136,3 +149,15 @@ MAR = Family(
         "mar-digits": _DIGITS,
     },
 )
+
+UNCONDITIONAL = Family(
+    architecture=UnconditionalArchitecture,
+    conditioner=NothingAsked,
+    graph_specs=lambda architecture, max_batch: masked_generator_specs(architecture, max_batch, ()),
+    presets=PRESETS,
+    backbone_flops=backbone_flops,
+    head_flops=head_flops,
+    parameters=parameters,
+    models={},
+)
+"""Plans are MAR's; nothing is guided."""

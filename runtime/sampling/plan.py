@@ -66,7 +66,7 @@ class PlanSettings:
     fts_diffusion: int = 50
     cfg: float | None = None
     cfg_schedule: str | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] | None = None
     temperature: float | None = None
     context: str = "full"
 
@@ -95,10 +95,11 @@ class FittedSettings(PlanSettings):
     max_timestep: int = TRAINING_STEPS - 1
     cfg: float = 1.0
     cfg_schedule: str = "linear"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     temperature: float = 1.0
 
 
-MODEL_DEFAULTS = ("cfg", "cfg_schedule", "max_timestep", "temperature")
+MODEL_DEFAULTS = ("cfg", "cfg_schedule", "guidance_interval", "max_timestep", "temperature")
 """Settings for which a model can have defaults of its own."""
 
 

@@ -355,7 +355,8 @@ def test_a_model_cannot_have_defaults_for_everything() -> None:
     with pytest.raises(PlanError) as error:
         preset("gtr", MAR_H, {"cfg": 3.2, "order": "raster", "fts": "none"})
     assert str(error.value) == (
-        "a model cannot have defaults for fts, order, only for cfg, cfg_schedule, max_timestep, temperature"
+        "a model cannot have defaults for fts, order, only for cfg, cfg_schedule, guidance_interval, "
+        "max_timestep, temperature"
     )
 
 
