@@ -217,7 +217,7 @@ def verify(
     as_json: bool,
 ) -> None:
     """Check a bundle rung by rung: loads, finite, graphs equal to PyTorch, images equal to PyTorch."""
-    from .verify.verify import keep_report
+    from .verify.report import keep_report
     from .verify.verify import verify as run_verify
 
     names = split_plans(plans) if plans is not None else None

@@ -12,8 +12,8 @@ from golden import WEIGHT_SETS, load_case, torch_backend
 
 from gtr_deploy.export.verify import respacing
 from gtr_deploy.export.verify import verify as verify_module
+from gtr_deploy.export.verify.report import Report
 from gtr_deploy.export.verify.respacing import LIMIT, Respacing, measure_respacing
-from gtr_deploy.export.verify.verify import Report
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.models.class_conditioner import DIGITS, ClassConditioner

@@ -17,7 +17,8 @@ from msgspec import to_builtins
 from onnx import numpy_helper
 
 from gtr_deploy.export.verify import verify as verify_module
-from gtr_deploy.export.verify.verify import Check, Report, relative_error, verify
+from gtr_deploy.export.verify.report import Check, Report
+from gtr_deploy.export.verify.verify import relative_error, verify
 from gtr_deploy.runtime.bundle.manifest import StoredFile
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.commands.console import Reporter
