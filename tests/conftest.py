@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -25,6 +26,10 @@ from gtr_deploy.runtime.commands.console import Reporter
 from gtr_deploy.runtime.pipeline import Pipeline
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401 - it leaves the terminal's size to every child process, where lines would wrap
+for _size in {"COLUMNS", "LINES"} - os.environ.keys():
+    os.unsetenv(_size)
 
 
 @pytest.fixture(autouse=True)
