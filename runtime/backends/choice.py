@@ -77,7 +77,9 @@ def resolve_backend(bundle: Bundle, options: BackendOptions) -> tuple[BackendOpt
     if options.backend == "auto" and options.provider != "auto":
         options, why = replace(options, backend="onnxruntime"), f"--provider {options.provider} is ONNX Runtime's"
     depends = options.backend == "auto" or (options.backend, options.provider) == ("onnxruntime", "auto")
-    machine = examine_machine() if depends else None
+    machine = examine_machine(options.device) if depends else None
+    if machine is not None and machine.gpu is None and options.device:
+        raise BackendError(f"--device {options.device} is the index of a GPU: {machine.gpu_problem}")
     if machine is not None and options.backend == "auto":
         name, why = choose_backend(bundle, machine)
         options = replace(options, backend=name)

@@ -105,7 +105,7 @@ def _every_backend(bundle: Bundle, engine: BackendOptions) -> tuple[str, str | N
     from ..machine.examine import examine_machine
 
     resolved, why = resolve_backend(bundle, engine)
-    machine = examine_machine()
+    machine = examine_machine(engine.device)
     options = {
         row.label: replace(engine, backend=row.name, provider=row.provider or "auto")
         for row in backend_rows()

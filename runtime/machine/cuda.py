@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -67,6 +69,11 @@ def list_devices() -> list[Gpu]:
     return _devices(_load())
 
 
+def no_such_gpu(count: int) -> str:
+    """What is said of an index that none of ``count`` GPUs has."""
+    return "this machine has " + ("1 GPU, number 0" if count == 1 else f"{count} GPUs, numbers 0 to {count - 1}")
+
+
 class Cuda:
     """One GPU. CUDA selects devices per thread: use an instance from the thread that made it.
 
@@ -83,8 +90,7 @@ class Cuda:
         self._runtime = _load()
         devices = _devices(self._runtime)
         if not 0 <= device < len(devices):
-            found = "1 GPU, number 0" if len(devices) == 1 else f"{len(devices)} GPUs, numbers 0 to {len(devices) - 1}"
-            raise CudaError(f"selecting GPU {device}", "cudaErrorInvalidDevice", f"this machine has {found}")
+            raise CudaError(f"selecting GPU {device}", "cudaErrorInvalidDevice", no_such_gpu(len(devices)))
         self._check(f"selecting GPU {device}", self._runtime.cudaSetDevice(device))
         self.device = devices[device]
 
@@ -183,17 +189,52 @@ class Cuda:
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._check("beginning a CUDA graph", self._runtime.cudaStreamBeginCapture(stream, mode))
 
-    def end_capture(self, stream: int) -> int:
-        """The recorded work as an executable graph.
+    def end_capture(self, stream: int, most_nodes: int | None = None) -> tuple[int, int]:
+        """The recorded work as an executable graph that lies on the GPU, ready to be launched; and its nodes.
 
         Raises:
-            CudaError: something in the capture was not allowed; the stream is usable again.
+            CudaError: something in the capture was not allowed, there is no memory for it, or it has more than
+                ``most_nodes``; the stream is usable again.
         """
         graph = self._check("ending a CUDA graph", self._runtime.cudaStreamEndCapture(stream))
+        attempt, executable = "instantiating a CUDA graph", 0
         try:
-            return int(self._check("instantiating a CUDA graph", self._runtime.cudaGraphInstantiate(graph, 0)))
+            _, nodes = self._check(attempt, self._runtime.cudaGraphGetNodes(graph))
+            if most_nodes is not None and nodes > most_nodes:
+                raise CudaError(attempt, "cudaErrorMemoryAllocation", f"{nodes} nodes, of which {most_nodes} may be")
+            executable = int(self._check(attempt, self._runtime.cudaGraphInstantiate(graph, 0)))
+            self._check("uploading a CUDA graph", self._runtime.cudaGraphUpload(executable, stream))
+        except BaseException:
+            self.destroy_graph(executable)
+            raise
         finally:
             self._release("cudaGraphDestroy", int(graph))
+        return executable, nodes
+
+    def capture(self, stream: int, record: Callable[[], None], most_nodes: int | None = None) -> tuple[int, int]:
+        """What ``record`` queues on the stream, as :meth:`end_capture` returns it.
+
+        The garbage collector rests meanwhile: a destructor that frees GPU memory would spoil the capture.
+
+        Raises:
+            CudaError: as :meth:`end_capture`. What ``record`` raises, Ctrl-C too; the stream is usable again.
+        """
+        gc.collect()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            try:
+                self.begin_capture(stream)
+                record()
+            except BaseException:
+                with contextlib.suppress(CudaError):
+                    graph = self._check("dropping a CUDA graph", self._runtime.cudaStreamEndCapture(stream))
+                    self._release("cudaGraphDestroy", int(graph))
+                raise
+            return self.end_capture(stream, most_nodes)
+        finally:
+            if collecting:
+                gc.enable()
 
     def launch(self, executable: int, stream: int) -> None:
         """Queues a graph: the recorded work, with the addresses of the recording."""

@@ -56,7 +56,7 @@ class Machine:
 
     Attributes:
         system: such as ``linux-x86_64``.
-        gpu: the first one.
+        gpu: the one that was asked about.
         gpu_problem: why there is no GPU, one line; empty if there is one.
         versions: library to version; None where it cannot be used.
         onnxruntime_providers: execution providers that onnxruntime was built with.
@@ -79,15 +79,15 @@ class Machine:
         return self.versions.get(library) if library in _LIBRARIES else _distribution_version(library)
 
 
-def examine_machine() -> Machine:
-    """Looks at this machine; never raises."""
+def examine_machine(device: int = 0) -> Machine:
+    """Looks at this machine and at its GPU ``device``; never raises."""
     versions: dict[str, str | None] = {}
     problems: dict[str, str] = {}
     for library in _LIBRARIES:
         versions[library], problem = _examine_library(library)
         if problem:
             problems[library] = problem
-    gpu, gpu_problem = _find_gpu(versions["cuda-bindings"] is not None)
+    gpu, gpu_problem = _find_gpu(versions["cuda-bindings"] is not None, device)
     providers = _told(lambda: _import_quietly("onnxruntime").get_available_providers())
     capabilities = _told(lambda: cpu_capabilities(_import_quietly("openvino")))
     system = f"{platform.system().lower()}-{platform.machine()}"
@@ -148,31 +148,38 @@ def _told(ask: Callable[[], Iterable[str]]) -> tuple[str, ...]:
         return ()
 
 
-def _find_gpu(has_cuda_bindings: bool) -> tuple[Gpu | None, str]:
-    """The first GPU, or None and why."""
+def _find_gpu(has_cuda_bindings: bool, device: int = 0) -> tuple[Gpu | None, str]:
+    """The GPU of this index, or None and why."""
     try:
         devices = cuda.list_devices()
     except Exception as error:  # mostly a BackendError; but a look must not fail, however strange the driver
         if has_cuda_bindings:
             # The driver itself has spoken; nvidia-smi would name a GPU that CUDA cannot use.
             return None, getattr(error, "text", _first_line(error))
-        gpu = _ask_nvidia_smi()
-        return gpu, "" if gpu else f"nvidia-smi finds no GPU; {_first_line(error)}"
-    return (devices[0], "") if devices else (None, "the driver shows no GPU")
+        devices = _ask_nvidia_smi()
+        if not devices:
+            return None, f"nvidia-smi finds no GPU; {_first_line(error)}"
+    if not 0 <= device < len(devices):
+        return None, cuda.no_such_gpu(len(devices)) if devices else "the driver shows no GPU"
+    return devices[device], ""
 
 
-def _ask_nvidia_smi() -> Gpu | None:
+def _ask_nvidia_smi() -> list[Gpu]:
     program = shutil.which("nvidia-smi")
     if program is None:
-        return None
+        return []
     query = ["--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run([program, *query], capture_output=True, text=True, timeout=20, check=True)
-        name, capability, memory, driver = (part.strip() for part in done.stdout.splitlines()[0].rsplit(",", 3))
-        amount, unit = memory.split()
-        return Gpu(name, capability, int(amount) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit], driver)
-    except (OSError, subprocess.SubprocessError, IndexError, KeyError, ValueError):
-        return None
+        return [_described(line) for line in done.stdout.splitlines()]
+    except (OSError, subprocess.SubprocessError, KeyError, ValueError):
+        return []
+
+
+def _described(line: str) -> Gpu:
+    name, capability, memory, driver = (part.strip() for part in line.rsplit(",", 3))
+    amount, unit = memory.split()
+    return Gpu(name, capability, int(amount) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit], driver)
 
 
 def _first_line(error: BaseException) -> str:

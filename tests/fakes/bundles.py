@@ -11,10 +11,12 @@ from msgspec import structs
 
 from fakes.machine import FakeMachine
 from fakes.tensorrt import fake_engine_bytes
+from gtr_deploy.runtime.backends.protocol import Backend
 from gtr_deploy.runtime.bundle.manifest import EngineGraph, EngineSet, StoredFile
 from gtr_deploy.runtime.bundle.reader import Bundle
 from gtr_deploy.runtime.machine.examine import Gpu, Machine
 from gtr_deploy.runtime.models.families import graph_specs
+from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.sampling.plan import SamplingPlan, preset, resolve
 from gtr_deploy.runtime.sampling.shapes import Profile, profiles
 
@@ -46,8 +48,12 @@ def add_fake_engines(
     plans: Sequence[str | SamplingPlan] = ("gtr", "gtr-fast"),
     max_batch: int = 4,
     only: Mapping[str, Sequence[Profile]] | None = None,
+    **options: Any,
 ) -> Bundle:
-    """Writes an engine for every graph of the bundle and lists them in its manifest, as a build would."""
+    """Writes an engine for every graph of the bundle and lists them in its manifest, as a build would.
+
+    The decoder needs more activations than all others, as that of MAR's pictures does.
+    """
     bundle = Bundle.load(folder)
     architecture, version = bundle.architecture, VERSIONS[flavour]
     resolved = [
@@ -63,7 +69,11 @@ def add_fake_engines(
         path = folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         shapes = tensor_profiles(bundle, kind, ranges[kind])
-        path.write_bytes(fake_engine_bytes(folder / files.model.file, shapes, flavour, version))
+        activations = 200 if kind == "decoder" else 1
+        content = fake_engine_bytes(
+            folder / files.model.file, shapes, flavour, version, activations=activations, **options
+        )
+        path.write_bytes(content)
         stored = StoredFile.of(folder, relative)
         graphs[kind] = EngineGraph(stored, *files.checksums, tuple(ranges[kind]), 0.1, {"fp32": 1})
     names = tuple(plan if isinstance(plan, str) else plan.settings.name for plan in plans)
@@ -74,9 +84,14 @@ def add_fake_engines(
     return bundle.with_engines(engines)
 
 
-def fake_host(machine: FakeMachine) -> Machine:
-    """What examine_machine() would say about it."""
-    device = machine.devices[0]
+def fake_host(machine: FakeMachine, index: int = 0) -> Machine:
+    """What examine_machine(index) would say about it."""
+    device = machine.devices[index]
     return Machine(
         "linux-x86_64", Gpu(device.name, device.compute_capability, device.memory, "13.0"), "", dict(VERSIONS), ()
     )
+
+
+def pipeline_of(backend: Backend, like: Pipeline) -> Pipeline:
+    """The same model on another backend."""
+    return Pipeline(like.architecture, like.conditioner, backend, like.plan_defaults, like.max_batch)

@@ -35,6 +35,7 @@ VALUES = {
     "cudaEventCreate": 1,
     "cudaEventElapsedTime": 1,
     "cudaStreamEndCapture": 1,
+    "cudaGraphGetNodes": 2,
     "cudaGraphInstantiate": 1,
 }
 """How many values follow the error; they are None when there is an error."""
@@ -266,10 +267,16 @@ class Calls:
         self.machine.counts["captures"] += 1
         return self._new("cudaGraph_t", Graph(works))
 
+    def cudaGraphGetNodes(self, graph: Any) -> Any:
+        found = self._get(graph, Graph)
+        return ([], len(found.works)) if found is not None else Error.cudaErrorInvalidValue
+
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:
         found = self._get(graph, Graph)
         if found is None or flags:
             return Error.cudaErrorInvalidValue
+        if len(found.works) * self.machine.node_bytes > self.machine.free_bytes():
+            return Error.cudaErrorMemoryAllocation
         return self._new("cudaGraphExec_t", GraphExec(list(found.works)))
 
     def cudaGraphDestroy(self, graph: Any) -> Any:
@@ -278,11 +285,20 @@ class Calls:
     def cudaGraphExecDestroy(self, executable: Any) -> Any:
         return self._destroy(executable, GraphExec)
 
+    def cudaGraphUpload(self, executable: Any, stream: Any) -> Any:
+        found = self._get(executable, GraphExec)
+        if found is None or self._get(stream, Stream) is None:
+            return Error.cudaErrorInvalidResourceHandle
+        found.uploaded = True
+        return OK
+
     def cudaGraphLaunch(self, executable: Any, stream: Any) -> Any:
         found = self._get(executable, GraphExec)
         if found is None or self._get(stream, Stream) is None:
             return Error.cudaErrorInvalidResourceHandle
         self.machine.counts["launches"] += 1
+        self.machine.counts["cold_launches"] += not found.uploaded
+        found.uploaded = True
         for work in found.works:
             self.machine.enqueue(int(stream), work)
         return OK

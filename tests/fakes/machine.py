@@ -8,6 +8,7 @@ when the work runs; a wrong one is cudaErrorIllegalAddress at that synchronisati
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -86,8 +87,11 @@ class Graph:
     works: list[Work]
 
 
+@dataclass
 class GraphExec(Graph):
-    """An executable recording."""
+    """An executable recording; its first launch is slow unless it was uploaded."""
+
+    uploaded: bool = False
 
 
 @dataclass
@@ -107,14 +111,18 @@ class FakeMachine:
     Attributes:
         driver_version, runtime_version: as CUDA numbers them; driver 0 means that there is none.
         live: allocations by address; ``leaks()`` also lists streams, events and graphs.
-        counts: how often what happened, in ``launches``, ``captures``, ``enqueues``, ``pageable_copies``, and in bytes
-            ``uploaded``, ``downloaded``, ``copied``.
+        counts: how often what happened, in ``launches``, of which ``cold_launches`` of graphs that were not uploaded,
+            ``captures``, ``enqueues``, ``pageable_copies``, and in bytes ``uploaded``, ``downloaded``, ``copied``.
         log: every CUDA and TensorRT call, in order: its name, then its arguments.
         faults: what a GPU would have suffered in silence (illegal addresses, double frees), in words.
         races: work queued on one stream that touches what unfinished work on another stream uses.
         fail_capture: the next captures come out invalidated.
         fail_next: name of a function to the error that its next call returns.
         fail_enqueue_after: the n-th TensorRT enqueue returns False.
+        fail_sizes: TensorRT answers 0 when it is asked for a context's activations, as it does on an error.
+        on_enqueue: called at every TensorRT enqueue; what it raises comes out there.
+        contexts: TensorRT's contexts that live; each takes ``context_bytes`` of the GPU besides its activations, and
+            each node of an executable graph ``node_bytes``.
         alignment: bytes that tensor addresses must be multiples of.
     """
 
@@ -129,6 +137,11 @@ class FakeMachine:
     fail_capture: bool = False
     fail_next: dict[str, Any] = field(default_factory=dict)
     fail_enqueue_after: int | None = None
+    fail_sizes: bool = False
+    on_enqueue: Callable[[], None] = lambda: None
+    contexts: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    context_bytes: int = 1 << 16
+    node_bytes: int = 10_000
     alignment: int = 256
     device: int = 0
     broken: Any = OK
@@ -164,6 +177,8 @@ class FakeMachine:
 
     def free_bytes(self) -> int:
         used = sum(each.size for each in self.live.values() if each.space == "device")
+        used += len(self.contexts) * self.context_bytes
+        used += sum(len(each.works) for each in self.handles.values() if isinstance(each, GraphExec)) * self.node_bytes
         return self.devices[self.device].memory - used
 
     def space_of(self, address: int) -> str:

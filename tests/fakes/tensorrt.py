@@ -43,8 +43,15 @@ def fake_engine_bytes(
     flavour: str = "tensorrt",
     version: str = "11.4.0",
     compute_capability: str = "9.0",
+    activations: int = 1,
+    user_allocation: bool = True,
 ) -> bytes:
-    """A serialised engine that ``deserialize_cuda_engine`` of the same flavour, version and GPU accepts."""
+    """A serialised engine that ``deserialize_cuda_engine`` of the same flavour, version and GPU accepts.
+
+    Args:
+        activations: how many times as much as usual it needs of them.
+        user_allocation: built with the flag without which TensorRT-RTX lets nobody capture.
+    """
     return json.dumps(
         {
             "fake_engine": 1,
@@ -55,6 +62,8 @@ def fake_engine_bytes(
                 {name: [list(shape) for shape in shapes] for name, shapes in each.items()} for each in profiles
             ],
             "compute_capability": compute_capability,
+            "activations": activations,
+            "user_allocation": user_allocation,
         }
     ).encode()
 
@@ -85,6 +94,18 @@ def _scribble(size: int) -> bytes:
     return np.random.default_rng(size).bytes(size)
 
 
+def _registered(logger: ILogger) -> ILogger:
+    """The library's one logger of the process: the first that lives. Others are ignored, with a word to that one."""
+    first = logger._first() if logger._first is not None else None
+    if first is None:
+        base = next(each for each in type(logger).__mro__ if "_first" in vars(each))
+        base._first = weakref.ref(logger)
+        return logger
+    if first is not logger:
+        first.log(Severity.WARNING, "The logger passed differs from one already registered; it is ignored")
+    return first
+
+
 class Runtime:
     """Bound to a machine by ``make_module``."""
 
@@ -96,7 +117,7 @@ class Runtime:
     def __init__(self, logger: ILogger) -> None:
         if not getattr(logger, "_ready", False):
             raise TypeError("ILogger.__init__() must be called when overriding __init__")
-        self._logger = logger
+        self._logger = _registered(logger)
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
         """The engine, or None; the reason is only in the log."""
@@ -114,14 +135,17 @@ class Runtime:
         except Exception as error:  # whatever is wrong with the bytes, the real library returns None
             self._logger.log(Severity.ERROR, f"IRuntime::deserializeCudaEngine: Error Code 1: Serialization ({error})")
             return None
-        return self._engine_class(self._machine, self._logger, session, found["profiles"])
+        return self._engine_class(self._machine, self._logger, session, found)
 
 
 class ICudaEngine:
     _context_class: type
 
-    def __init__(self, machine: FakeMachine, logger: ILogger, session: Any, profiles: list[Profile]) -> None:
-        self._machine, self._logger, self._session, self._profiles = machine, logger, session, profiles
+    def __init__(self, machine: FakeMachine, logger: ILogger, session: Any, about: Mapping[str, Any]) -> None:
+        self._machine, self._logger, self._session = machine, logger, session
+        self._profiles: list[Profile] = about["profiles"]
+        self._activations: int = about["activations"]
+        self._user_allocation: bool = about["user_allocation"]
         tensors = [_Tensor(each, TensorIOMode.INPUT) for each in session.get_inputs()]
         tensors += [_Tensor(each, TensorIOMode.OUTPUT) for each in session.get_outputs()]
         self._tensors = {each.name: each for each in tensors}
@@ -161,9 +185,8 @@ class ICudaEngine:
 
     def _arena(self, sizes: Mapping[str, int]) -> int:
         """Bytes of activations: some, and more for larger shapes."""
-        return 4096 + 256 * (
-            sum(sizes.values()) + sum(-(-2 * each.size(sizes) // 256) for each in self._tensors.values())
-        )
+        blocks = sum(sizes.values()) + sum(-(-2 * each.size(sizes) // 256) for each in self._tensors.values())
+        return self._activations * (4096 + 256 * blocks)
 
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         sizes: dict[str, int] = {}
@@ -189,6 +212,10 @@ class IExecutionContext:
 
     def _ready(self) -> IExecutionContext | None:
         """Takes the context's own memory; None when the GPU is full."""
+        if self._machine.free_bytes() < self._machine.context_bytes:
+            self._fail("out of memory: no room for a context")
+            return None
+        self._machine.contexts.add(self)
         if not self._managed:
             profiles = range(self._engine.num_optimization_profiles)
             size = max(self._engine.get_device_memory_size_for_profile_v2(each) for each in profiles)
@@ -270,6 +297,9 @@ class IExecutionContext:
         if self.infer_shapes():
             self._fail("updateDeviceMemorySizeForShapes before all shapes are known")
             return 0
+        if self._machine.fail_sizes:
+            self._fail("updateDeviceMemorySizeForShapes: injected failure")
+            return 0
         self._needed = self._engine._arena(self._sizes())
         return self._needed
 
@@ -283,6 +313,7 @@ class IExecutionContext:
         machine, engine = self._machine, self._engine
         machine.log.append(f"execute_async_v3 {stream_handle}")
         machine.counts["enqueues"] += 1
+        machine.on_enqueue()
         if machine.counts["enqueues"] == machine.fail_enqueue_after:
             return self._fail("enqueueV3: injected failure")
         if not stream_handle:
@@ -342,7 +373,7 @@ class IExecutionContext:
 
 class _RtxContext(IExecutionContext):
     def is_stream_capturable(self, stream: int) -> bool:
-        return bool(stream) and not self._deferred
+        return bool(stream) and not self._deferred and self._engine._user_allocation
 
 
 class _RtxEngine(ICudaEngine):
@@ -371,7 +402,8 @@ def make_module(machine: FakeMachine, flavour: str = "tensorrt", version: str = 
     module.__version__ = version
     module.Runtime = type("Runtime", (Runtime,), bound)
     module.ICudaEngine, module.IExecutionContext = engine, engine._context_class
-    module.ILogger, module.Dims, module.nptype, module.Builder = ILogger, Dims, types.nptype, types.Builder
+    module.ILogger = type("ILogger", (ILogger,), {"_first": None})
+    module.Dims, module.nptype, module.Builder = Dims, types.nptype, types.Builder
     module.DataType, module.TensorIOMode = DataType, TensorIOMode
     module.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     if rtx:

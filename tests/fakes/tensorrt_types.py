@@ -75,6 +75,7 @@ class Dims:
 class ILogger:
     """To be subclassed; a subclass must call ``__init__``, as pybind11 insists."""
 
+    _first: Any = None
     Severity = Severity
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = Severity
 

@@ -217,7 +217,7 @@ def test_a_graph_replays_with_its_own_addresses(cuda: Cuda, machine: FakeMachine
     cuda.begin_capture(stream)
     cuda.upload(address, source.address, 4, stream)
     cuda.download(target.address, address, 4, stream)
-    graph = cuda.end_capture(stream)
+    graph, _ = cuda.end_capture(stream)
     cuda.synchronize(stream)
     assert set(target.array) == {255}  # recorded, not run
     for first in (9, 8):
@@ -297,7 +297,7 @@ def test_on_a_real_gpu() -> None:
     assert download.array.reshape(3, 4).tolist() == rows.reshape(3, 8)[:, 2:6].tolist()
     cuda.begin_capture(stream)
     copies()
-    graph = cuda.end_capture(stream)
+    graph, _ = cuda.end_capture(stream)
     for shift in (100, 200):
         upload.array[:] = rows + shift
         cuda.launch(graph, stream)

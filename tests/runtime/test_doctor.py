@@ -165,7 +165,7 @@ class TestMachine:
         )
         assert machine_module._find_gpu(has_cuda_bindings=True) == (None, "no NVIDIA driver")
         program.write_text("#!/bin/sh\nexit 9\n")
-        assert machine_module._ask_nvidia_smi() is None
+        assert machine_module._ask_nvidia_smi() == []
 
     def test_first_gpu_of_the_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("gtr_deploy.runtime.machine.cuda.list_devices", lambda: [ADA])

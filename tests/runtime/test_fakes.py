@@ -266,7 +266,7 @@ def test_capture_needs_one_eager_run(bench: Bench) -> None:
     assert context.execute_async_v3(bench.stream)
     cuda.begin_capture(bench.stream)
     assert context.execute_async_v3(bench.stream)
-    graph = cuda.end_capture(bench.stream)
+    graph, _ = cuda.end_capture(bench.stream)
     context.set_input_shape("x", (1, 3))  # allowed: its memory is the user's
     bench.put(5)
     cuda.launch(graph, bench.stream)

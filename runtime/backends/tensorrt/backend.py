@@ -1,15 +1,16 @@
 """TensorRT and TensorRT-RTX backend: whole generations on the GPU, one upload before and one download after.
 
-Which engines run is decided from the manifest (engines.py); every context shares one arena of activations, since the
-graphs never run at the same time; programs (device_program.py) are kept per plan and batch size.
+Which engines run is decided from the manifest; every context shares one arena of activations (contexts.py); programs
+(device_program.py) are kept per plan and batch size.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,21 +18,27 @@ from numpy.typing import NDArray
 from ...bundle.engine_sets import FLAVOURS, EngineSet, choose_engines
 from ...bundle.reader import Bundle
 from ...errors import BackendError
-from ...machine.cuda import Cuda
+from ...machine.cuda import Cuda, CudaError
 from ...machine.examine import Machine, examine_machine
 from ...models.families import graph_specs
 from ...sampling.chains import Floats
 from ...sampling.job import GenerationJob, Observer, generation_job
 from ...sampling.noise import SeededNoise
 from ...sampling.plan import SamplingPlan
-from ..blocks import padded
 from ..protocol import CallHook, GraphCall, hooked
-from .device_program import Capture, DeviceProgram
-from .engine import Engine, EngineCall
-from .library import LogCollector, load_library
+from .contexts import Contexts
+from .device_program import DeviceProgram
+from .engine import Engine, NoContextError
+from .library import library_log, load_library
+from .single_call import SingleCall
+
+Made = TypeVar("Made")
 
 KEPT_PROGRAMS = 4
 """Plans and batch sizes whose buffers and CUDA graphs stay on the GPU; the least recently used one goes first."""
+
+KEPT_CALLS = 4
+"""Graphs and shapes that were called alone, such as the decoder at one batch size, whose buffers stay."""
 
 
 def open_tensorrt(
@@ -42,7 +49,8 @@ def open_tensorrt(
     checksums: bool = True,
     machine: Machine | None = None,
 ) -> TensorRTBackend:
-    """Opens the bundle's newest engines of one of :data:`FLAVOURS` that run on ``machine``, this one if None.
+    """Opens the bundle's newest engines of one of :data:`FLAVOURS` that run on ``machine``; None: this one, with the
+    GPU ``device``.
 
     Args:
         device: index of the GPU.
@@ -53,7 +61,7 @@ def open_tensorrt(
         BackendError: no engines fit this machine; or library, driver or memory fail.
         BundleError: an engine file is not what the manifest says.
     """
-    engines = choose_engines(bundle, machine or examine_machine(), flavour)
+    engines = choose_engines(bundle, machine or examine_machine(device), flavour)
     return TensorRTBackend(bundle, engines, device, cuda_graph, checksums)
 
 
@@ -70,21 +78,20 @@ class TensorRTBackend:
         self.name = engines.flavour
         self._bundle, self._architecture = bundle, bundle.architecture
         self._programs: OrderedDict[tuple[Any, int], DeviceProgram] = OrderedDict()
-        self._engines: dict[str, Engine] = {}
-        self._arena, self._arena_size, self._stream = 0, 0, 0
-        self._placed: dict[int, int] = {}
+        self._single: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], SingleCall] = OrderedDict()
         trt = load_library(engines.flavour)
         self._cuda = Cuda(device)
         library = f"{FLAVOURS[engines.flavour]} {trt.__version__}"
         self._description = f"{library}, {engines.precision}, {self._cuda.device.name}"
-        self._log = LogCollector(trt)
-        self._capture = Capture(cuda_graph)
+        self._cuda_graph = cuda_graph
         specs = graph_specs(bundle.architecture, engines.max_batch)
         paths = bundle.engine_paths(engines, checksums)
+        self._stream = self._cuda.create_stream()
+        self._contexts = Contexts(self._cuda, self._stream, self._forget_graphs)
         try:
-            self._stream = self._cuda.create_stream()
             for kind, path in paths.items():
-                self._engines[kind] = Engine(trt, self._log, kind, path, specs[kind], bundle, engines)
+                engine = Engine(trt, library_log(trt), kind, path, specs[kind], bundle, engines)
+                self._contexts.engines[kind] = engine
         except BaseException:
             self.close()
             raise
@@ -93,26 +100,19 @@ class TensorRTBackend:
     def description(self) -> str:
         return self._description
 
-    def call(self, kind: str, sizes: Mapping[str, int]) -> EngineCall:
-        """The context for a shape, its activations placed in the arena."""
-        call = self._engines[kind].call(sizes, self._stream)
-        if call.memory > self._arena_size or not self._arena:
-            self._grow_arena(max(call.memory, 1))
-        if self._placed.get(id(call)) != self._arena:
-            call.set_memory(self._arena, self._arena_size)
-            self._placed[id(call)] = self._arena
-        return call
-
-    def _grow_arena(self, size: int) -> None:
-        """A larger arena; graphs that were captured on the old one are dropped."""
-        self._cuda.synchronize(self._stream)
+    def _forget_graphs(self) -> None:
         for program in self._programs.values():
             program.forget_graphs()
-        self._cuda.free(self._arena)
-        self._arena, self._arena_size = 0, 0
-        self._placed.clear()
-        self._arena = self._cuda.allocate(padded(size))
-        self._arena_size = padded(size)
+
+    def _made(self, make: Callable[[], Made]) -> Made:
+        """Once more where the GPU is full, with everything dropped that can be made again."""
+        with contextlib.suppress(CudaError, NoContextError):
+            return make()
+        self._cuda.synchronize(self._stream)
+        for kept in (self._programs, self._single):
+            while kept:
+                kept.popitem()[1].close()
+        return make()
 
     def generate(self, job: GenerationJob, observer: Observer | None = None) -> Floats:
         program = self._program(job.plan, len(job.orders))
@@ -130,6 +130,8 @@ class TensorRTBackend:
         noise = SeededNoise(seeds, self._architecture.token_channels)
         asked = conditioner.arrays(conditioner.samples(batch))
         self._program(plan, batch).warm_up(generation_job(plan, self._architecture, asked, seeds, noise))
+        for engine in self._contexts.engines.values():
+            engine.save_kernels()
 
     def _program(self, plan: SamplingPlan, batch: int) -> DeviceProgram:
         key = (replace(plan.settings, name=""), batch)
@@ -138,7 +140,9 @@ class TensorRTBackend:
             while len(self._programs) >= KEPT_PROGRAMS:
                 self._cuda.synchronize(self._stream)
                 self._programs.popitem(last=False)[1].close()
-            program = DeviceProgram(self._cuda, self._stream, self, self._capture, plan, self._architecture, batch)
+            own = self._cuda, self._stream, self._contexts
+            about = self._cuda_graph, plan, self._architecture, batch, self.name
+            program = self._made(lambda: DeviceProgram(*own, *about))
         self._programs[key] = program
         return program
 
@@ -150,39 +154,29 @@ class TensorRTBackend:
         return hooked(self.hook, kind, inputs, lambda: self._run(kind, inputs))
 
     def _run(self, kind: str, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        if kind not in self._engines:
+        if kind not in self._contexts.engines:
             raise BackendError(f"this bundle has no {kind} engine")
-        spec = self._engines[kind].spec
-        arrays = {t.name: np.ascontiguousarray(inputs[t.name], dtype=t.dtype) for t in spec.inputs}
-        shapes = [zip(tensor.axes, arrays[tensor.name].shape, strict=True) for tensor in spec.inputs]
+        spec = self._contexts.engines[kind].spec
+        shapes = [zip(tensor.axes, inputs[tensor.name].shape, strict=True) for tensor in spec.inputs]
         sizes = {axis: size for shape in shapes for axis, size in shape if isinstance(axis, str)}
-        outputs = {t.name: np.empty(t.shape(sizes), dtype=t.dtype) for t in spec.outputs}
-        call = self.call(kind, sizes)
-        addresses: dict[str, int] = {}
-        try:
-            for name, array in (*arrays.items(), *outputs.items()):
-                addresses[name] = self._cuda.allocate(array.nbytes)
-            for name, array in arrays.items():
-                self._cuda.upload(addresses[name], array.ctypes.data, array.nbytes, self._stream)
-            call.enqueue(addresses, self._stream)
-            for name, array in outputs.items():
-                self._cuda.download(array.ctypes.data, addresses[name], array.nbytes, self._stream)
-        finally:
-            try:  # waits first, so that nothing is freed under a running call
+        key = (kind, tuple(sizes.items()))
+        call = self._single.pop(key, None)
+        if call is None:
+            while len(self._single) >= KEPT_CALLS:
                 self._cuda.synchronize(self._stream)
-            finally:
-                for address in addresses.values():
-                    self._cuda.free(address)
-        return list(outputs.values())
+                self._single.popitem(last=False)[1].close()
+            call = self._made(lambda: SingleCall(self._cuda, self._stream, self._contexts, kind, spec, sizes))
+        self._single[key] = call
+        return call(inputs)
 
     def close(self) -> None:
         """Gives everything back, in the order that TensorRT and CUDA want. Nothing works after this."""
+        engines = list(self._contexts.engines.values())
         steps: list[Callable[[], None]] = []
         if self._stream:
             steps.append(lambda: self._cuda.synchronize(self._stream))
-        steps += [program.close for program in self._programs.values()]
-        steps += [engine.close for engine in self._engines.values()]
-        steps.append(lambda: self._cuda.free(self._arena))
+        steps += [each.close for each in (*self._programs.values(), *self._single.values(), *engines)]
+        steps.append(self._contexts.free)
         steps.append(lambda: self._cuda.destroy_stream(self._stream))
         failure: BackendError | None = None
         for step in steps:
@@ -190,9 +184,8 @@ class TensorRTBackend:
                 step()
             except BackendError as error:  # a GPU that has failed fails here too; what can be freed still is
                 failure = failure or error
-        self._programs.clear()
-        self._engines.clear()
-        self._placed.clear()
-        self._arena, self._arena_size, self._stream = 0, 0, 0
+        for kept in (self._programs, self._single, self._contexts.engines):
+            kept.clear()
+        self._stream = 0
         if failure is not None:
             raise failure

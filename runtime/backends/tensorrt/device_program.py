@@ -8,75 +8,68 @@ beforehand is: positions, noise, tables (device_layout.py).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from ...errors import BackendError
-from ...machine.cuda import Cuda, CudaError, PinnedBuffer
+from ...machine.cuda import Cuda, PinnedBuffer
 from ...models.architecture import Architecture
 from ...sampling.chains import Floats, Integers
 from ...sampling.job import GenerationJob, Observer, StepResult
 from ...sampling.loop import not_finite
 from ...sampling.plan import SamplingPlan
-from ...sampling.shapes import step_shapes
+from ...sampling.shapes import call_shapes
 from ..blocks import Block
+from .contexts import Contexts
 from .device_layout import StepLayout, device_layout, ordered_to_grid
 from .device_step import StepWork
 from .engine import EngineCall
 
-
-@dataclass
-class Capture:
-    """What a backend captures, shared by its programs.
-
-    Attributes:
-        mode: one of ``protocol.CUDA_GRAPH_MODES``.
-        works: False once a capture has failed; then everything runs eagerly, after one warning.
-    """
-
-    mode: str
-    works: bool = True
-
-    def failed(self, reason: str) -> None:
-        """Goes on without graphs."""
-        self.works = False
-        text = f"CUDA graph capture failed ({reason}); going on without CUDA graphs, which is slower"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
-class EngineCalls(Protocol):
-    """Where a program gets its contexts, with their activations placed."""
-
-    name: str
-
-    def call(self, kind: str, sizes: Mapping[str, int]) -> EngineCall: ...
+MOST_NODES = 100_000
+"""Of all CUDA graphs of one program; at about 10 KB of GPU memory each (NVIDIA/cccl #3768) this is 1 GB."""
 
 
 class DeviceProgram:
-    """One plan at one batch size: its buffers, and its captured graphs. Make and use it in one thread."""
+    """One plan at one batch size: its contexts, its buffers, its captured graphs. Make and use it in one thread.
+
+    Where a generation cannot be captured in one piece, its AR steps are; where one of them cannot, it and all that come
+    after it run eagerly.
+    """
 
     def __init__(
         self,
         cuda: Cuda,
         stream: int,
-        engines: EngineCalls,
-        capture: Capture,
+        contexts: Contexts,
+        cuda_graph: str,
         plan: SamplingPlan,
         architecture: Architecture,
         batch: int,
+        backend: str,
     ) -> None:
-        """Makes the contexts of every shape and allocates; BackendError where a profile or memory is missing."""
-        self._cuda, self._stream, self._engines, self._capture = cuda, stream, engines, capture
+        """Makes the contexts of every shape, the decoder's too, and allocates.
+
+        Args:
+            cuda_graph: one of ``protocol.CUDA_GRAPH_MODES``.
+            backend: its name, for errors.
+
+        Raises:
+            BackendError: a profile or memory is missing.
+        """
+        self._cuda, self._stream, self._contexts, self._backend = cuda, stream, contexts, backend
+        # What is captured in one piece: a generation, a step, or (off) nothing more.
+        self._wanted = self._mode = "generation" if cuda_graph == "auto" else cuda_graph
         self.layout = device_layout(plan, architecture, batch)
         self._graphs: dict[int | None, int] = {}
+        self._nodes = 0
         self._has_run = False
         self._addresses: list[int] = []
         self._buffers: list[PinnedBuffer] = []
-        self._calls()
+        shapes = [(kind, sizes) for kind, each in call_shapes(plan, batch).items() for sizes in each]
+        self._calls: dict[tuple[str, frozenset[tuple[str, int]]], EngineCall] = {}
+        for (kind, sizes), call in zip(shapes, contexts.take(shapes), strict=True):
+            self._calls[kind, frozenset(sizes.items())] = call
         try:
             self._inputs = self._allocated(self.layout.inputs_size)
             self._tables = self._allocated(self.layout.tables_size)
@@ -118,8 +111,7 @@ class DeviceProgram:
             BackendError: an engine fails, or gives values that are not finite.
         """
         self._load(job)
-        stepwise = observer is not None or self._capture.mode == "step"
-        for index in range(len(self.layout.steps)) if stepwise else (None,):
+        for index in self._pieces(observer is not None):
             self._play(index)
             if observer is not None and index is not None:
                 self._show(self.layout.steps[index], job.orders, observer)
@@ -131,28 +123,48 @@ class DeviceProgram:
     def warm_up(self, job: GenerationJob) -> None:
         """Runs once, then captures what generations without an observer will replay."""
         self.run(job)
-        for index in range(len(self.layout.steps)) if self._capture.mode == "step" else (None,):
-            if index not in self._graphs:
-                self._captured(index)
+        mode = ""
+        while mode != self._mode:  # where capturing fails it falls back
+            mode = self._mode
+            for index in self._pieces():
+                if index not in self._graphs:
+                    self._captured(index)
+
+    def _pieces(self, watched: bool = False) -> Iterable[int | None]:
+        """What is played in one piece each: AR steps, or all of them (None)."""
+        some_steps = self._mode == "off" and self._graphs and None not in self._graphs
+        return range(len(self.layout.steps)) if watched or self._mode == "step" or some_steps else (None,)
 
     def run_timed(self, job: GenerationJob, observer: Observer | None) -> tuple[Floats, dict[str, float]]:
-        """Latents, and GPU seconds by kind of graph in an eager run; the gaps between calls count, too."""
-        self._load(job)
-        marks: list[tuple[str, int]] = []
+        """Latents, and GPU seconds by kind of graph: backbone and head are replayed one after the other, from graphs
+        made for this run, where generations are replayed; else the gaps between calls count, too."""
+        parts = [
+            (layout, kind, enqueue) for layout in self.layout.steps for kind, enqueue in StepWork(self, layout).parts()
+        ]
+        graphs: list[int] = []
+        marks: list[int] = []
+        seconds = {kind: 0.0 for _, kind, _ in parts}
         try:
-            for layout in self.layout.steps:
-                marks.append(("", self._mark()))
-                StepWork(self, layout).enqueue(lambda part: marks.append((part, self._mark())))
-                if observer is not None:
+            if self._graphs:
+                graphs = [self._cuda.capture(self._stream, enqueue)[0] for _, _, enqueue in parts]
+            self._load(job)
+            for index, (layout, kind, enqueue) in enumerate(parts):
+                marks.append(self._mark())
+                if graphs:
+                    self._cuda.launch(graphs[index], self._stream)
+                else:
+                    enqueue()
+                marks.append(self._mark())
+                if observer is not None and kind == "diffusion_step":
                     self._show(layout, job.orders, observer)
             ordered = self._downloaded()
-            seconds = {"backbone": 0.0, "diffusion_step": 0.0}
-            for (_, before), (part, after) in pairwise(marks):
-                if part:
-                    seconds[part] += self._cuda.elapsed(before, after)
+            for (_, kind, _), before, after in zip(parts, marks[::2], marks[1::2], strict=True):
+                seconds[kind] += self._cuda.elapsed(before, after)
         finally:
-            for _, event in marks:
+            for event in marks:
                 self._cuda.destroy_event(event)
+            for executable in graphs:
+                self._cuda.destroy_graph(executable)
         self._check_finite(ordered)
         return ordered_to_grid(ordered, job.orders), seconds
 
@@ -181,35 +193,26 @@ class DeviceProgram:
 
     def _captured(self, index: int | None) -> int:
         """Records :meth:`_enqueue`; 0 if that is not wanted, too early, or fails."""
-        if self._capture.mode == "off" or not self._capture.works or not self._has_run:
+        if self._mode == "off" or not self._has_run:
             return 0
         self._cuda.synchronize(self._stream)
-        if not all(call.capturable(self._stream) for call in self._calls()):
-            self._capture.failed("the library says that it cannot capture these engines")
+        if not all(call.capturable(self._stream) for call in self._calls.values() if call.kind != "decoder"):
+            self._fall_back("off", "the library says that it cannot capture these engines")
             return 0
-        failure: BackendError | None = None
-        executable = 0
         try:
-            self._cuda.begin_capture(self._stream)
-            try:
-                self._enqueue(index)
-            except BackendError as error:
-                failure = error
-            executable = self._cuda.end_capture(self._stream)
-        except CudaError as error:
-            failure = failure or error
-        if failure is not None:
-            self._cuda.destroy_graph(executable)
-            self._capture.failed(str(failure))
+            left = MOST_NODES - self._nodes
+            executable, nodes = self._cuda.capture(self._stream, lambda: self._enqueue(index), left)
+        except BackendError as error:
+            self._fall_back("step" if index is None else "off", str(error))
             return 0
         self._graphs[index] = executable
+        self._nodes += nodes
         return executable
 
-    def _calls(self) -> list[EngineCall]:
-        """The contexts of every shape."""
-        settings, batch = self.layout.plan.settings, self.layout.batch
-        shapes = [shape for layout in self.layout.steps for shape in step_shapes(layout.step, settings, batch)]
-        return [self._engines.call(kind, sizes) for kind, sizes, _ in shapes]
+    def _fall_back(self, mode: str, reason: str) -> None:
+        self._mode = mode
+        instead = "AR steps are captured one by one" if mode == "step" else "no more CUDA graphs, which is slower"
+        warnings.warn(f"CUDA graph capture failed ({reason}); from now on {instead}", RuntimeWarning, stacklevel=2)
 
     def _downloaded(self) -> Floats:
         block = self.layout.work["latents"]
@@ -239,14 +242,14 @@ class DeviceProgram:
         if bad.any():
             first = int(np.flatnonzero(bad)[0])
             step = next(s.step.index for s in self.layout.steps if first < s.step.known + s.step.predicted)
-            raise not_finite(step, len(self.layout.steps), self._engines.name)
+            raise not_finite(step, len(self.layout.steps), self._backend)
 
     def forget_graphs(self) -> None:
         """Drops what was captured, and captures anew after the next run: contexts or activations have moved."""
         for executable in self._graphs.values():
             self._cuda.destroy_graph(executable)
         self._graphs.clear()
-        self._has_run = False
+        self._mode, self._nodes, self._has_run = self._wanted, 0, False
 
     def close(self) -> None:
         """Frees everything; nothing of it may still be running."""
@@ -255,7 +258,8 @@ class DeviceProgram:
             self._cuda.free(address)
         for buffer in self._buffers:
             self._cuda.free_pinned(buffer)
-        self._addresses, self._buffers = [], []
+        self._contexts.give_back(self._calls.values())
+        self._addresses, self._buffers, self._calls = [], [], {}
 
     def base_of(self, layout: StepLayout, name: str) -> tuple[Block, int]:
         """A block by name, of the AR step's inputs, its tables or the work area, and the address of its area."""
@@ -268,7 +272,7 @@ class DeviceProgram:
 
     def call(self, kind: str, sizes: Mapping[str, int], addresses: Mapping[str, int]) -> None:
         """Enqueues one graph."""
-        self._engines.call(kind, sizes).enqueue(addresses, self._stream)
+        self._calls[kind, frozenset(sizes.items())].enqueue(addresses, self._stream)
 
     def copy_rows(self, destination: int, pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
         """Enqueues a copy with pitches, in bytes."""

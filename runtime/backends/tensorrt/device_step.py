@@ -44,26 +44,39 @@ class StepWork:
     def _addresses(self, *names: str, **renamed: str) -> dict[str, int]:
         return {name: self.address(name) for name in names} | {k: self.address(v) for k, v in renamed.items()}
 
-    def enqueue(self, done: Callable[[str], None] = lambda part: None) -> None:
-        """Queues everything; ``done`` is called after each part, by the kind of its graph."""
-        step, split = self._layout.step, self._layout.split
-        channels = self._program.layout.architecture.token_channels * 4
-        row = self._program.layout.architecture.tokens * channels
-        known, predicted = step.known * channels, step.predicted * channels
-        latents = self.address("latents")
-        self._program.copy_rows(self.address("tokens"), known, latents, row, known, self._batch)
+    def parts(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+        """What queues each part, by the kind of its graph; one after the other they are the AR step."""
+        return (("backbone", self._backbone), ("diffusion_step", self._head))
+
+    def enqueue(self) -> None:
+        """Queues everything."""
+        for _, part in self.parts():
+            part()
+
+    def _channels(self) -> int:
+        """Bytes of a token."""
+        return self._program.layout.architecture.token_channels * 4
+
+    def _backbone(self) -> None:
+        step, channels = self._layout.step, self._channels()
+        row, known = self._program.layout.architecture.tokens * channels, step.known * channels
+        self._program.copy_rows(self.address("tokens"), known, self.address("latents"), row, known, self._batch)
         self._program.call(
             "backbone",
             {**self._guided, "B": self._batch, "V": step.known, "P": step.predicted, "R": step.context},
             self._addresses("tokens", "visible", "predict", "context", *self._program.layout.conditioning, "z"),
         )
-        done("backbone")
+
+    def _head(self) -> None:
+        step, split, channels = self._layout.step, self._layout.split, self._channels()
+        row, known, predicted = (
+            n * channels for n in (self._program.layout.architecture.tokens, step.known, step.predicted)
+        )
         if split.longer:
             x = self._two_chains()
         else:
             x = self._chain(self.address("x"), "z", self._rows, split.common, "", "noise")
-        self._program.copy_rows(latents + known, row, x, predicted, predicted, self._batch)
-        done("diffusion_step")
+        self._program.copy_rows(self.address("latents") + known, row, x, predicted, predicted, self._batch)
 
     def _chain(self, x: int, z: str, rows: int, steps: int, part: str, noise: str, merged: bool = False) -> int:
         """Reverse steps between two buffers; the address where the last one wrote."""

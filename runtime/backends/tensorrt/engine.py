@@ -23,16 +23,22 @@ from .library import LogCollector
 _DTYPES = {"FLOAT": "float32", "INT64": "int64", "UINT8": "uint8"}
 
 
+class NoContextError(BackendError):
+    """The library makes no execution context: mostly, there is no memory for it."""
+
+
 class EngineCall:
     """An execution context at one shape.
 
     Attributes:
+        kind: of the graph.
         memory: bytes of activations that it needs; they may be shared with other calls on the same stream.
+        users: how many need it.
     """
 
     def __init__(self, kind: str, context: Any, memory: int, log: LogCollector) -> None:
-        self.memory = memory
-        self._kind, self._log = kind, log
+        self.kind, self.memory, self.users = kind, memory, 0
+        self._log = log
         self._context: Any = context
 
     def set_memory(self, address: int, size: int) -> None:
@@ -52,9 +58,9 @@ class EngineCall:
         """
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
-                raise BackendError(f"the {self._kind} engine has no tensor {name}: {self._log.last_error()}")
+                raise BackendError(f"the {self.kind} engine has no tensor {name}: {self._log.last_error()}")
         if not self._context.execute_async_v3(stream):
-            raise BackendError(f"the {self._kind} engine failed: {self._log.last_error()}")
+            raise BackendError(f"the {self.kind} engine failed: {self._log.last_error()}")
 
     def close(self) -> None:
         """Destroys the context; nothing of it may still be running."""
@@ -88,9 +94,9 @@ class RuntimeCache:
         serialized = self._runtime_cache.serialize()
         content = b"" if serialized is None else bytes(serialized)
         if content and content != self._loaded:
+            self._loaded = content
             with contextlib.suppress(OSError), atomic_path(self._path) as temporary:
                 temporary.write_bytes(content)
-        self._runtime_cache = None
 
 
 class Engine:
@@ -139,6 +145,20 @@ class Engine:
             self._calls[key] = self._make(sizes, stream)
         return self._calls[key]
 
+    @property
+    def calls(self) -> list[EngineCall]:
+        """Those that live."""
+        return list(self._calls.values())
+
+    def forget(self, call: EngineCall) -> None:
+        """Destroys a context that nobody needs any more."""
+        self._calls = {key: kept for key, kept in self._calls.items() if kept is not call}
+        call.close()
+
+    def save_kernels(self) -> None:
+        """Keeps what TensorRT-RTX has compiled so far for the next process."""
+        self._kernels.save()
+
     def _make(self, sizes: Mapping[str, int], stream: int) -> EngineCall:
         index = covering(self._own.graphs[self.kind].profiles, sizes)
         if index is None:
@@ -146,7 +166,7 @@ class Engine:
         self._log.clear()
         context = self._create_context()
         if context is None:
-            raise BackendError(f"the {self.kind} engine gives no execution context: {self._log.last_error()}")
+            raise NoContextError(f"the {self.kind} engine gives no execution context: {self._log.last_error()}")
         if not context.set_optimization_profile_async(index, stream):
             raise BackendError(f"the {self.kind} engine refuses profile {index}: {self._log.last_error()}")
         for tensor in self.spec.inputs:
@@ -159,7 +179,10 @@ class Engine:
             found, wanted = tuple(context.get_tensor_shape(tensor.name)), tensor.shape(sizes)
             if found != wanted:
                 raise BackendError(f"the {self.kind} engine gives {tensor.name} {found}, expected {wanted}")
-        return EngineCall(self.kind, context, int(context.update_device_memory_size_for_shapes()), self._log)
+        # 0 is what the library says on an error, too; the size of the whole profile is always enough.
+        memory = int(context.update_device_memory_size_for_shapes())
+        memory = memory or int(self._engine.get_device_memory_size_for_profile_v2(index))
+        return EngineCall(self.kind, context, memory, self._log)
 
     def _create_context(self) -> Any:
         """A context whose activations we place. TensorRT-RTX takes its settings in one object."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from types import ModuleType
@@ -38,6 +39,12 @@ def load_library(flavour: str) -> ModuleType:
     if not hasattr(trt, "Builder"):  # what is left of a package after its files went: an empty folder imports
         raise BackendError(f"{name} is only half installed: {_MODULES[flavour]} is empty; {install}")
     return trt
+
+
+@functools.cache
+def library_log(trt: ModuleType) -> LogCollector:
+    """The library's one log in this process: it knows one logger, ignores a second, and may use the first for ever."""
+    return LogCollector(trt)
 
 
 class LogCollector:
