@@ -25,6 +25,7 @@ _PRECISIONS = (
     ("fp4", r"fp4"),
 )
 _PRODUCT_KINDS = re.compile(r"gemm|matmul|matrix|conv|correlation|fully|mha|attention|einsum", re.IGNORECASE)
+_FUSED_PRODUCTS = re.compile(r"Fc|Mha|MatMul|Gemm|Conv")
 _PRODUCT_TYPES = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM")
 _TYPE_FIELDS = ("DataType", "Datatype", "Format/Datatype", "Format/DataType", "Format")
 
@@ -80,15 +81,17 @@ def inspected_layers(text: str) -> dict[str, int] | None:
     except (ValueError, KeyError, TypeError):
         return None
     if any(layer.get("LayerType") for layer in layers):
-        layers = [layer for layer in layers if _PRODUCT_KINDS.search(_kind(layer))]
+        layers = [layer for layer in layers if _is_product(layer)]
     found = Counter(precision for layer in layers if (precision := _layer_precision(layer)))
     return dict(found.most_common()) or None
 
 
-def _kind(layer: Mapping[str, Any]) -> str:
-    """Its type; fused layers of unknown type are told by their names, which list what was fused."""
-    kind = str(layer.get("LayerType", ""))
-    return str(layer.get("Name", "")) if kind.lower() in ("", "myelin", "foreignnode") else kind
+def _is_product(layer: Mapping[str, Any]) -> bool:
+    """By its type; fused layers are told by their names, which list what was fused, such as ``__myl_FcMulAdd_3``."""
+    kind, name = str(layer.get("LayerType", "")), str(layer.get("Name", ""))
+    if kind.lower() == "kgen":
+        return bool(_FUSED_PRODUCTS.search(name))
+    return bool(_PRODUCT_KINDS.search(name if kind.lower() in ("", "myelin", "foreignnode") else kind))
 
 
 def _layer_precision(layer: Mapping[str, Any]) -> str | None:

@@ -29,8 +29,16 @@ from ...runtime.sampling.named import named_plan
 from ...runtime.sampling.plan import SamplingPlan
 from ...runtime.sampling.shapes import Profile, described, profiles
 from .audit import counted, float32_problem
-from .graph import BuildSettings, build_graph
+from .graph import BuildSettings, build_graph, own_precision
 from .target import Target, choose_target
+
+BUILDER_FLAGS = 2
+"""Raised whenever other flags than before are given to the builder: engines of before are then built again."""
+
+OTHER_GPUS = (
+    "engines for every GPU from compute capability 8.0 on have given zeros on another GPU than the one that built them "
+    "(pytorch/TensorRT #4481); run `gtr-export verify {bundle} --backend tensorrt` there first"
+)
 
 
 @dataclass(frozen=True)
@@ -108,12 +116,14 @@ def build_engines(request: EngineRequest, reporter: Reporter, machine: Machine |
         settings = BuildSettings(bundle.precision, request.workspace_gb, request.optimization_level)
         folder = StagedFolder(inside(bundle.folder, f"engines/{engines.key}"), request.force)
         result = EngineResult(engines, request.bundle)
+        if target.hardware_compatible:
+            result.warnings.append(OTHER_GPUS.format(bundle=request.bundle))
         graphs: dict[str, EngineGraph] = {}
         for kind, spec in specs.items():
             key = stage_key(
                 graph=bundle.graphs[kind].checksums,
                 profiles=wanted[kind],
-                settings=asdict(settings),
+                settings=[asdict(settings), BUILDER_FLAGS],
                 target=[target.build_gpu, target.system, target.hardware_compatible],
             )
             stage = folder.adopt(kind, key)
@@ -130,7 +140,7 @@ def build_engines(request: EngineRequest, reporter: Reporter, machine: Machine |
                 result.built.append(kind)
                 result.warnings += built.warnings
                 reporter.say(f"{kind}: {stored.bytes / 1e6:.1f} MB, {built.seconds:.1f} s, {built.audit.line()}")
-            if problem := float32_problem(stage.counts, expected_precision(spec, bundle.precision)):
+            if problem := float32_problem(stage.counts, own_precision(spec, bundle.precision)):
                 if request.strict:
                     raise GtrError(f"the {kind} engine: {problem}; without --strict this is a warning")
                 result.warnings.append(f"{kind}: {problem}")
@@ -209,8 +219,3 @@ def engine_profiles(
                 }
             ]
     return wanted
-
-
-def expected_precision(spec: GraphSpec, precision: str) -> str:
-    """What a graph of a ``precision`` bundle computes in: float32 if its contract is as tight as in float32."""
-    return "fp32" if len(set(spec.tolerances.values())) == 1 else precision

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ...runtime.backends.tensorrt.library import LogCollector
+from ...runtime.backends.tensorrt.library import LogCollector, library_log
 from ...runtime.bundle.engine_sets import FLAVOURS
 from ...runtime.bundle.graph_file import GraphFile
 from ...runtime.commands.console import Phases, Reporter
@@ -41,8 +41,9 @@ class BuildSettings:
     """What changes an engine besides its graph, its profiles and its target.
 
     Attributes:
-        precision: the graph's. TF32, which rounds float32 factors to 10 bits, stays off for ``fp32`` so that parity
-            with float32 holds; in other precisions it speeds up what is left in float32.
+        precision: the bundle's. TF32, which rounds float32 factors to 10 bits, stays off for graphs that compute in
+            float32 (:func:`own_precision`) so that parity with float32 holds; in others it speeds up what is left in
+            float32.
         workspace_gb: largest scratch memory of a kernel, 10^9 bytes; the library's default if None.
         optimization_level: of the builder, 0 (fast build) to 5.
     """
@@ -59,6 +60,11 @@ class BuiltGraph:
     seconds: float
     audit: Audit
     warnings: tuple[str, ...]
+
+
+def own_precision(spec: GraphSpec, precision: str) -> str:
+    """What a graph of a ``precision`` bundle computes in: float32 if its contract is as tight as in float32."""
+    return "fp32" if len(set(spec.tolerances.values())) == 1 else precision
 
 
 def build_graph(
@@ -79,7 +85,8 @@ def build_graph(
         KeyboardInterrupt: Ctrl-C or SIGTERM during the build; nothing has been written.
     """
     polygraphy = _Polygraphy(target.flavour)
-    trt, log = target.trt, LogCollector(target.trt)
+    trt, log = target.trt, library_log(target.trt)
+    log.clear()
     start = time.monotonic()
     with reporter.phases(f"{spec.kind} engine") as phases:
         phases.start("parse")
@@ -108,6 +115,9 @@ def build_graph(
             inspected = _inspect(trt, log, serialized)
             if inspected is None:
                 audit = Audit(layers, "as parsed; the engine inspector tells nothing")
+            elif 2 * sum(inspected.values()) < sum(layers.values()):
+                seen = f"{sum(inspected.values())} of {sum(layers.values())} products"
+                audit = Audit(layers, f"as parsed; the engine inspector shows {seen}, the others are fused")
             elif layers:  # a graph without products has no layer that should run in less than float32
                 audit = Audit(inspected, "engine inspector")
     said = dict.fromkeys([*timings.warnings, *log.warnings[:_MOST_WARNINGS]])
@@ -279,10 +289,12 @@ class _Polygraphy:
         except PolygraphyException as error:
             lines = str(error).strip().splitlines() or ["no reason given"]
             raise BackendError(f"the {spec.kind} engine cannot be configured: {lines[0]}") from None
-        if settings.precision == "fp32":
+        if own_precision(spec, settings.precision) == "fp32":
             config.clear_flag(trt.BuilderFlag.TF32)
         else:
             config.set_flag(trt.BuilderFlag.TF32)
+        if self._rtx:  # without it a kernel may allocate when it runs, and nothing can be captured
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         return config
 
     def _loader(self, target: Target, options: Mapping[str, Any]) -> Any:

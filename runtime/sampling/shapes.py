@@ -107,7 +107,7 @@ def _profile(least: Sequence[Sizes], most: Sequence[tuple[Sizes, int]]) -> Profi
             low = max(1, low // 2)
         elif letter == "T":  # batches in between may make more or fewer reverse steps at once
             low, high = profile["Q"][0], max(high, MODULATION_ROWS)
-        profile[letter] = (low, best, high)
+        profile[letter] = (low, max(best, min(1, high)), high)  # kernels are not tuned on an empty tensor
     return profile
 
 

@@ -50,6 +50,16 @@ def test_products_alone_count(make: Any) -> None:
     assert inspected_layers(json.dumps({"Layers": layers, "Bindings": ["x"]})) == {"fp16": 4, "fp32": 1}
 
 
+def test_products_in_generated_kernels_are_told_by_name() -> None:
+    layers = [
+        _eleven("__myl_FcMulAdd_myl0_3", "kgen", "Half", "Half"),
+        _eleven("__myl_MhaTran_myl0_4", "kgen", "Half", "Half"),
+        _eleven("__myl_CastMulSum_myl0_5", "kgen", "Float", "Half"),
+        _eleven("__myl_MatMulAdd_myl0_6", "kgen", "Float", "Float"),
+    ]
+    assert inspected_layers(json.dumps({"Layers": layers})) == {"fp16": 2, "fp32": 1}
+
+
 def test_fused_layers_of_unknown_type_are_told_by_name() -> None:
     layers = [
         _ten("{ForeignNode[node_MatMul_1...node_Add_9]}", "Myelin", "BFloat16", "Float"),

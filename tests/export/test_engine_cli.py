@@ -321,6 +321,8 @@ def test_tensorrt_is_bound_to_its_gpu(own_bundle: Path, builder: Builder, monkey
     assert (bound.gpu, bound.compute_capabilities, bound.hardware_compatible) == ("Test GPU", ("9.0",), False)
     free = make(own_bundle, with_gpu("9.0"), hardware_compatible=True, **more)
     assert (free.engines.gpu, free.engines.hardware_compatible, free.built) == (None, True, KINDS)
+    assert "verify" in free.warnings[0]
+    assert "--backend tensorrt` there first" in free.warnings[0]
 
 
 class TestBuild:

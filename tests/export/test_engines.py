@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,9 @@ def test_phases_nest_on_a_terminal_and_are_few_lines_elsewhere(
     assert "  Building engine" in lines
 
 
-def test_tf32_is_off_in_fp32_alone(digits_bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_off_where_a_graph_computes_in_fp32(
+    digits_bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gtr_deploy.export.engines import graph as engine_graph
 
     flags: list[bool] = []
@@ -263,15 +266,27 @@ def test_tf32_is_off_in_fp32_alone(digits_bundle: Path, target: Target, monkeypa
         assert (config.max_aux_streams, config.builder_optimization_level) == (0, 1)
         assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
         assert config.num_compute_capabilities == 1
+        assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION), "TensorRT-RTX lets nobody capture otherwise"
 
     monkeypatch.setattr(engine_graph, "_build", look)
-    spec = graph_specs(Bundle.load(digits_bundle).architecture)["decoder"]
-    path = digits_bundle / "graphs" / "decoder.onnx"
-    for precision in ("fp32", "fp16", "int8"):
-        settings = BuildSettings(precision, 0.5, 1)
-        with pytest.raises(BackendError, match="cannot build the decoder engine"):
-            build_graph(_graph(path), spec, [{"B": (1, 1, 2)}], target, settings, path.with_name("never"), QUIET)
-    assert flags == [False, True, True]
+    for kind in ("decoder", "detail_score", "merge_rows"):
+        spec = graph_specs(Bundle.load(digits_bundle).architecture)[kind]
+        path = digits_bundle / "graphs" / f"{kind}.onnx"
+        for precision in ("fp32", "fp16", "int8"):
+            settings, profile = BuildSettings(precision, 0.5, 1), contract_profile(spec)
+            with pytest.raises(BackendError, match=f"cannot build the {kind} engine"):
+                build_graph(_graph(path), spec, [profile], target, settings, path.with_name("never"), QUIET)
+    assert flags == [False, True, True, *[False] * 6]
+
+
+def test_an_inspector_that_sees_too_few_products_is_not_believed(
+    build_digits: Callable[[str], Path], target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused ones are not listed as products; what is left may be the few that stay in float32."""
+    monkeypatch.setattr("gtr_deploy.export.engines.graph._inspect", lambda *_: {"fp32": 1})
+    built = build_one(build_digits("fp16"), "diffusion_step", replace(target, inspectable=True), tmp_path / "engine")
+    assert built.audit.layers["fp16"] >= 7
+    assert "the engine inspector shows 1 of" in built.audit.source
 
 
 # TensorRT cannot be installed here. TensorRT-RTX under its name runs the same code, in a process of its own.

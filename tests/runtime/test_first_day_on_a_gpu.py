@@ -135,7 +135,7 @@ def test_no_destructor_runs_inside_a_capture(
 def test_contexts_go_with_the_last_program_that_needs_them(
     machine: FakeMachine, opened: Opener, digits_pipeline: Pipeline
 ) -> None:
-    plans = [digits_pipeline.plan(f"gtr-fast:stage_steps={n}/2/1") for n in range(4, 4 + KEPT_PROGRAMS + 3)]
+    plans = [digits_pipeline.plan(f"gtr-fast:stage_steps={n}+2+1") for n in range(4, 4 + KEPT_PROGRAMS + 3)]
     ours = pipeline_of(opened(plans=plans), digits_pipeline)
     for index, plan in enumerate((*plans, *plans)):
         ours.generate([3], plan=plan)
