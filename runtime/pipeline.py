@@ -23,6 +23,7 @@ from .sampling.job import Observer, generation_job
 from .sampling.loop import check_shape
 from .sampling.named import named_plan
 from .sampling.noise import NoiseSource, SeededNoise, checked_seed
+from .sampling.noise_ahead import noise_ahead
 from .sampling.plan import PlanSettings, SamplingPlan, resolve
 
 
@@ -201,10 +202,12 @@ class Pipeline:
             raise UsageError(f"{len(orders)} orders for {count} images; give one order per image")
 
         made = []
-        for start in range(0, count, size):
+        starts = range(0, count, size)
+        noises = itertools.repeat(noise) if noise is not None else self._noises(starts, seeds, resolved, orders)
+        for start, source in zip(starts, noises, strict=False):
             part = slice(start, start + size)
             own = None if orders is None else orders[part]
-            made.append(self._batch(asked[part], seeds[part], resolved, observer and observer(start), noise, own))
+            made.append(self._batch(asked[part], seeds[part], resolved, observer and observer(start), source, own))
             if finished is not None:
                 finished(min(start + size, count))
         pictures = [batch.pictures for batch in made if batch.pictures is not None]
@@ -222,7 +225,8 @@ class Pipeline:
         """Generates one image per request, and yields them batch by batch: any number of images in constant memory.
 
         Nothing is read from ``requests`` and ``seeds`` before the batch that needs it; they may be generators without
-        an end. The images are those of :meth:`generate`.
+        an end. Where both are sequences the noise of the next batch is drawn while a GPU works. The images are those
+        of :meth:`generate`.
 
         Args:
             requests, seeds, plan, batch_size, observer: see :meth:`generate`.
@@ -240,14 +244,28 @@ class Pipeline:
 
         def batches() -> Iterator[Generation]:
             rest, start = iter(requests), 0
+            noises: Iterator[NoiseSource] = iter(())
+            if isinstance(requests, Sequence) and isinstance(seeds, Sequence | None):
+                known = range(len(requests)) if seeds is None else seeds
+                noises = self._noises(range(0, len(requests), size), known, resolved, None)
             while asked := [self.conditioner.checked(request) for request in itertools.islice(rest, size)]:
                 own = [checked_seed(seed) for seed in itertools.islice(numbers, len(asked))]
                 if len(own) != len(asked):
                     raise UsageError(f"{start + len(own)} seeds for more images; give one seed per image")
-                yield self._batch(asked, own, resolved, observer and observer(start))
+                yield self._batch(asked, own, resolved, observer and observer(start), next(noises, None))
                 start += len(asked)
 
         return batches()
+
+    def _noises(
+        self, starts: range, seeds: Sequence[int], plan: SamplingPlan, orders: Integers | None
+    ) -> Iterator[NoiseSource]:
+        """Of each batch, by the index of its first image."""
+        parts = [slice(start, start + starts.step) for start in starts]
+        if len(parts) < 2 or not self.backend.whole_generations:
+            return (SeededNoise(seeds[part], self.architecture.token_channels) for part in parts)
+        batches = ((seeds[part], None if orders is None else orders[part]) for part in parts)
+        return noise_ahead(batches, plan, self.architecture)
 
     def _batch_size(self, size: int | None) -> int:
         size = self.max_batch if size is None else size

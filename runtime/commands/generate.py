@@ -214,8 +214,9 @@ class _Work:
             return seen
 
         title = f"generate {sum(map(len, self.batches))} images, plan {plan.settings.name}"
-        numbers = [itertools.chain.from_iterable(self.batches) for _ in range(2)]
-        asked, seeds = map(run.request, numbers[0]), map(run.seed_of, numbers[1])
+        numbers = list(itertools.chain.from_iterable(self.batches))
+        # Lists, so that the noise of the next batch can be drawn while a GPU works.
+        asked, seeds = [run.request(number) for number in numbers], [run.seed_of(number) for number in numbers]
         try:
             with stop, reporter.bar(title, len(self.batches) * len(plan.steps), "AR steps") as bar, self._npz() as add:
                 made = pipeline.stream(asked, seeds, plan, self._size, observer)

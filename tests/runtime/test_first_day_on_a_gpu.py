@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Event, current_thread
+from threading import enumerate as enumerate_threads
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +21,10 @@ from gtr_deploy.runtime.backends.tensorrt import device_program
 from gtr_deploy.runtime.backends.tensorrt.backend import KEPT_CALLS, KEPT_PROGRAMS, TensorRTBackend, open_tensorrt
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.files import cache_dir
+from gtr_deploy.runtime.machine.cuda import Cuda
 from gtr_deploy.runtime.pipeline import Pipeline
 from gtr_deploy.runtime.sampling.chains import Floats
+from gtr_deploy.runtime.sampling.noise import SeededNoise
 from gtr_deploy.runtime.sampling.shapes import call_shapes
 
 Opener = Callable[..., TensorRTBackend]
@@ -263,3 +269,51 @@ def test_the_chosen_gpu_decides_which_engines_run(machine: FakeMachine, own_bund
         assert "Fake H100" in backend.description
     with pytest.raises(BackendError, match="this machine has 2 GPUs, numbers 0 to 1"):
         open_tensorrt(bundle, "tensorrt", device=2)
+
+
+def test_the_next_batch_s_noise_is_drawn_while_the_gpu_works(
+    opened: Opener, digits_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never on the thread that feeds the GPU; pictures are what they were."""
+    ours = pipeline_of(opened(), digits_pipeline)
+    ours.warm_up(FAST, 2)
+    threads: Counter[str] = Counter()
+    two_drawn, draw, launch = Event(), SeededNoise.draw, Cuda.launch
+    steps = len(digits_pipeline.plan(FAST).steps)
+
+    def drawn(self: SeededNoise, *asked: Any) -> Any:
+        result = draw(self, *asked)
+        threads[current_thread().name.split("_")[0]] += 1
+        if threads["noise"] == 2 * steps:
+            two_drawn.set()
+        return result
+
+    def launched(self: Cuda, *graph: int) -> None:
+        assert two_drawn.wait(60), "the first batch runs, and nobody draws for the second"
+        launch(self, *graph)
+
+    monkeypatch.setattr(SeededNoise, "draw", drawn)
+    monkeypatch.setattr(Cuda, "launch", launched)
+    requests, seeds = [3, 7, 1, 0, 5], [5, 2**63, 0, 8, 9]
+    found = ours.generate(requests, seeds, FAST, batch_size=2).latents
+    streamed = [each.latents for each in ours.stream(requests, seeds, FAST, batch_size=2)]
+    assert threads == {"noise": 6 * steps}
+    monkeypatch.undo()
+    np.testing.assert_array_equal(found, np.concatenate(streamed))
+    np.testing.assert_array_equal(found[:2], ours.generate(requests[:2], seeds[:2], FAST).latents)
+    wanted = digits_pipeline.generate(requests, seeds, FAST).latents
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    lazy = next(ours.stream(iter(requests), iter(seeds), FAST, batch_size=2))
+    np.testing.assert_array_equal(lazy.latents, found[:2])
+
+
+def test_a_stream_that_nobody_reads_on_leaves_no_thread(opened: Opener, digits_pipeline: Pipeline) -> None:
+    pictures = pipeline_of(opened(), digits_pipeline).stream([3] * 6, None, FAST, batch_size=1)
+    next(pictures)
+    pictures.close()
+    del pictures
+    gc.collect()
+    for thread in enumerate_threads():
+        if thread.name.startswith("noise"):
+            thread.join(60)
+            assert not thread.is_alive()
