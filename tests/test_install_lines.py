@@ -20,7 +20,7 @@ def _named(paths: list[Path], package: str) -> dict[str, str]:
     """Extra to the file that names it."""
     found = {}
     for path in paths:
-        for extras in re.findall(rf"{package}\[([a-z,-]+)\]", path.read_text(encoding="utf-8")):
+        for extras in re.findall(rf"{package}\[([a-z0-9,-]+)\]", path.read_text(encoding="utf-8")):
             found |= dict.fromkeys(extras.split(","), path.name)
     return found
 

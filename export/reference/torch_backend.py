@@ -1,7 +1,7 @@
 """The torch backend: the modules themselves, on the CPU or on CUDA, same interface as runtime/backends.
 
-The reference that parity is measured against, and the PyTorch side of every comparison of speed. With CUDA graphs the
-reverse steps of one AR step are one replay, so that the comparison is with PyTorch at its best.
+The reference that parity is measured against. With CUDA graphs the reverse steps of one AR step are one replay; the
+backbone and the decoder run eagerly, and nothing is compiled. This is not PyTorch at its best.
 """
 
 from __future__ import annotations

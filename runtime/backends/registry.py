@@ -60,6 +60,16 @@ def lacks_cuda_provider(machine: Machine) -> str:
     return "this onnxruntime has no CUDA provider; pip uninstall -y onnxruntime && " + INSTALL["onnxruntime-cuda"]
 
 
+def _cuda_refuses(bundle: Bundle, machine: Machine) -> str:
+    if bundle.precision != "bf16" or not bundle.architecture.decoder.has_weights:
+        return ""
+    return (
+        "ONNX Runtime's CUDA provider has failed on bfloat16 convolutions, which the VAE has (onnxruntime #25740); "
+        f"{rebuild_command(bundle, 'tensorrt')}, or "
+        f"gtr-export build --model {bundle.architecture.name} --precision fp16"
+    )
+
+
 OPENVINO_PRECISIONS = ("fp32", "int8")
 """What OpenVINO was measured to be faster at than ONNX Runtime, on a CPU with VNNI and without AMX."""
 
@@ -178,6 +188,7 @@ ROWS: tuple[BackendRow, ...] = (
         install=INSTALL["onnxruntime-cuda"],
         gpu=True,
         lacks=lacks_cuda_provider,
+        refuses=_cuda_refuses,
         rank=lambda bundle, machine: 80,
     ),
     BackendRow(

@@ -86,7 +86,7 @@ def measure(pipeline: Pipeline, plan: SamplingPlan, batch_size: int, repeat: int
 def part_shares(pipeline: Pipeline, generation: Callable[[], float]) -> dict[str, float]:
     """Share of a generation's time per part of :data:`PARTS`; ``host`` is everything outside engine calls.
 
-    A backend that runs whole generations on a device makes this one without CUDA graphs.
+    A backend that runs whole generations on a device plays them in parts, one after the other.
 
     Args:
         generation: makes it; returns its seconds.

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..errors import BackendError
 
 INSTALL = "pip install 'gtr-deploy[tensorrt]'"
+OLDER_DRIVER = "with CUDA 12's pip install 'gtr-deploy[tensorrt-cu12]' or 'gtr-deploy[tensorrt-rtx-cu12]'"
 SMALLEST_ALLOCATION = 256
 """Bytes. TensorRT wants an address even for an empty tensor, and CUDA gives none for 0 bytes."""
 
@@ -267,7 +268,7 @@ def _devices(runtime: ModuleType) -> list[Gpu]:
         raise CudaError(looking, old, f"{NO_DRIVER}; install one, then check it with nvidia-smi")
     if code == old:
         text = f"the driver supports CUDA {_version(driver)}, cuda-bindings needs CUDA {version // 1000}.0; "
-        raise CudaError(looking, code, f"{text}update the driver, or pip install 'cuda-bindings=={driver // 1000}.*'")
+        raise CudaError(looking, code, f"{text}update the driver, or {OLDER_DRIVER}")
     if code == "cudaErrorNoDevice" or counted[1] == 0:
         text = f"driver {_version(driver)} sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
         raise CudaError(looking, "cudaErrorNoDevice", text)

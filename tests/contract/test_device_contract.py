@@ -133,6 +133,16 @@ def test_every_selection_rule_and_chain(opened: Opener, digits_pipeline: Pipelin
         _agrees(pipeline.generate(REQUESTS, SEEDS, plan).latents, wanted.latents)
 
 
+@pytest.mark.parametrize("cuda_graph", ["step", "generation"])
+def test_a_replay_is_bit_for_bit_what_runs_eagerly(opened: Opener, cuda_graph: str) -> None:
+    """One context is enqueued many times with other addresses within one capture."""
+    eager, replayed = opened(("gtr-fast",), "off"), opened(("gtr-fast",), cuda_graph)
+    replayed.warm_up("gtr-fast", len(REQUESTS))
+    wanted = eager.generate(REQUESTS, SEEDS, "gtr-fast").latents
+    for _ in range(2):
+        np.testing.assert_array_equal(replayed.generate(REQUESTS, SEEDS, "gtr-fast").latents, wanted)
+
+
 def test_one_seed_one_image(opened: Opener) -> None:
     pipeline = opened()
     together = pipeline.generate(REQUESTS, SEEDS, "gtr").latents

@@ -45,6 +45,7 @@ RTX_ONLY = {
     "ComputeCapability": "engines built ahead of time for GPUs that are not here",
     "IBuilderConfig.set_compute_capability": "the same",
     "IBuilderConfig.num_compute_capabilities": "the same",
+    "BuilderFlag.REQUIRE_USER_ALLOCATION": "its engines cannot be captured otherwise; TensorRT's always can",
     "CudaGraphStrategy": "graph capture inside the library",
     "IRuntimeConfig.cuda_graph_strategy": "the same",
     "IExecutionContext.is_stream_capturable": "asked before a capture, which kernels compiled at run time can forbid",

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from golden import relative_error
 
@@ -86,6 +87,15 @@ def test_generations_equal_onnx_runtime(
                 found = pipeline.generate(LABELS, SEEDS, plan).latents
                 worst = max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
                 assert worst <= IMAGE_TOLERANCES[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_replay_is_bit_for_bit_what_runs_eagerly(opened: Callable[..., Pipeline], precision: str) -> None:
+    eager, replayed = opened(precision, "off"), opened(precision, "generation")
+    replayed.warm_up("gtr-fast", len(LABELS))
+    wanted = eager.generate(LABELS, SEEDS, "gtr-fast").latents
+    for _ in range(2):
+        np.testing.assert_array_equal(replayed.generate(LABELS, SEEDS, "gtr-fast").latents, wanted)
 
 
 def test_one_seed_one_image(opened: Callable[..., Pipeline]) -> None:

@@ -15,6 +15,7 @@ import torch
 from click.testing import Result
 from fakes.bundles import changed
 from golden import relative_error
+from msgspec import structs
 
 from gtr_deploy.runtime.backends.blocks import ALIGNMENT, packed
 from gtr_deploy.runtime.backends.choice import choose_backend, open_backend, resolve_backend
@@ -219,6 +220,18 @@ class TestChoice:
     def test_cuda_comes_before_openvino(self, bundle: Bundle) -> None:
         machine = replace(WITH_CUDA, versions={"onnxruntime": "1.31.1", "openvino": "2026.4.1"})
         assert choose_backend(changed(bundle, precision="bf16"), machine)[0] == "onnxruntime"
+
+    def test_bfloat16_convolutions_are_not_given_to_onnx_runtime_on_cuda(self, bundle: Bundle) -> None:
+        machine = replace(WITH_CUDA, versions={"onnxruntime": "1.31.1", "openvino": "2026.4.1"})
+        decoder = structs.replace(bundle.architecture.decoder, kind="kl")
+        with_vae = replace(
+            changed(bundle, precision="bf16"), architecture=structs.replace(bundle.architecture, decoder=decoder)
+        )
+        name, why = choose_backend(with_vae, machine)
+        assert name == "openvino"
+        assert "onnxruntime #25740" in why
+        assert f"gtr-export engine {bundle.folder} --engine tensorrt, or gtr-export build --model" in why
+        assert choose_backend(changed(with_vae, precision="fp16"), machine)[0] == "onnxruntime"
 
     def test_engines_that_fit_come_first(self, bundle: Bundle) -> None:
         rtx, full = _engines(bundle, "tensorrt-rtx", "1.7.0"), _engines(bundle, "tensorrt", "11.4.0")

@@ -56,7 +56,7 @@ def broken_loader(*_: Any) -> Any:
         (
             {"driver_version": 12040},
             "cudaErrorInsufficientDriver",
-            r"supports CUDA 12.4, cuda-bindings needs CUDA 13.0; .*'cuda-bindings==12\.\*'",
+            r"supports CUDA 12.4, cuda-bindings needs CUDA 13.0; update the driver, or .*'gtr-deploy\[tensorrt-cu12\]'",
         ),
         ({"devices": []}, "cudaErrorNoDevice", "driver 13.0 sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"),
         ({"fail_next": {"cudaGetDeviceCount": "cudaErrorInvalidValue"}}, "cudaErrorInvalidValue", "invalid argument"),

@@ -19,6 +19,7 @@ from fakes.machine import Error, FakeDevice, FakeMachine
 
 from gtr_deploy.runtime.backends.tensorrt import device_program
 from gtr_deploy.runtime.backends.tensorrt.backend import KEPT_CALLS, KEPT_PROGRAMS, TensorRTBackend, open_tensorrt
+from gtr_deploy.runtime.commands.timing import part_shares
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.files import cache_dir
 from gtr_deploy.runtime.machine.cuda import Cuda
@@ -317,3 +318,16 @@ def test_a_stream_that_nobody_reads_on_leaves_no_thread(opened: Opener, digits_p
         if thread.name.startswith("noise"):
             thread.join(60)
             assert not thread.is_alive()
+
+
+def test_parts_are_timed_in_replays(machine: FakeMachine, opened: Opener, digits_pipeline: Pipeline) -> None:
+    """Not in an eager run, which waits for the host; and nothing of it stays."""
+    backend = opened()
+    ours = pipeline_of(backend, digits_pipeline)
+    ours.warm_up(FAST, 1)
+    before, graphs = len(machine.handles), 2 * len(digits_pipeline.plan(FAST).steps)
+    with _counted(machine, launches=graphs, captures=graphs):
+        shares = part_shares(ours, lambda: float(bool(ours.generate([3], plan=FAST))))
+    assert shares["head"] > 0
+    assert shares["backbone"] > 0
+    assert len(machine.handles) == before
