@@ -1,8 +1,8 @@
 """A stand-in for the module ``tensorrt`` (or ``tensorrt_rtx``) that runs ONNX files with ONNX Runtime.
 
 Holds what the TensorRT runner uses, with the real names. An engine is JSON (``fake_engine_bytes``). What the real
-library answers with undefined behaviour, this one refuses: in-place inputs and outputs, unaligned addresses, a captured
-graph whose context is gone, or has its own memory and was changed since.
+library answers with undefined behaviour, this one refuses: in-place inputs and outputs, unaligned addresses, captured
+graphs whose context is gone, or has its own memory and has changed.
 """
 
 from __future__ import annotations
@@ -94,18 +94,6 @@ def _scribble(size: int) -> bytes:
     return np.random.default_rng(size).bytes(size)
 
 
-def _registered(logger: ILogger) -> ILogger:
-    """The library's one logger of the process: the first that lives. Others are ignored, with a word to that one."""
-    first = logger._first() if logger._first is not None else None
-    if first is None:
-        base = next(each for each in type(logger).__mro__ if "_first" in vars(each))
-        base._first = weakref.ref(logger)
-        return logger
-    if first is not logger:
-        first.log(Severity.WARNING, "The logger passed differs from one already registered; it is ignored")
-    return first
-
-
 class Runtime:
     """Bound to a machine by ``make_module``."""
 
@@ -117,7 +105,7 @@ class Runtime:
     def __init__(self, logger: ILogger) -> None:
         if not getattr(logger, "_ready", False):
             raise TypeError("ILogger.__init__() must be called when overriding __init__")
-        self._logger = _registered(logger)
+        self._logger = types.registered(logger)
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
         """The engine, or None; the reason is only in the log."""
@@ -213,8 +201,7 @@ class IExecutionContext:
     def _ready(self) -> IExecutionContext | None:
         """Takes the context's own memory; None when the GPU is full."""
         if self._machine.free_bytes() < self._machine.context_bytes:
-            self._fail("out of memory: no room for a context")
-            return None
+            return self._fail("out of memory: no room for a context") or None
         self._machine.contexts.add(self)
         if not self._managed:
             profiles = range(self._engine.num_optimization_profiles)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
@@ -84,6 +85,18 @@ class ILogger:
 
     def log(self, severity: Severity, msg: str) -> None:
         raise NotImplementedError("log() must be overridden")
+
+
+def registered(logger: ILogger) -> ILogger:
+    """The library's one logger of the process: the first that lives. Others are ignored, with a word to that one."""
+    first = logger._first() if logger._first is not None else None
+    if first is None:
+        base = next(each for each in type(logger).__mro__ if "_first" in vars(each))
+        base._first = weakref.ref(logger)
+        return logger
+    if first is not logger:
+        first.log(Severity.WARNING, "The logger passed differs from one already registered; it is ignored")
+    return first
 
 
 class IRuntimeCache:
