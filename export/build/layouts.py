@@ -97,5 +97,5 @@ def unconditional(state: Mapping[Any, Any], args: Mapping[Any, Any], told: bool)
 
 
 def _shape(state: Mapping[Any, Any], key: str) -> tuple[int, ...] | None:
-    shape = getattr(state.get(key), "shape", None)
-    return None if shape is None else tuple(shape)
+    shape = getattr(state.get(key), "shape", None)  # of a Namespace it may be anything
+    return tuple(shape) if isinstance(shape, tuple) else None

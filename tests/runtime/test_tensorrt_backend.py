@@ -233,7 +233,7 @@ def test_rtx_kernels_are_compiled_once_and_kept(
         backend.close()
         stored = sorted(int(file.read_text().split()[1]) for file in folder.glob("*.cache"))
         assert len(stored) == 8
-        # One cache per engine, shared by its contexts, of which the backbone has one per AR step.
+        # One cache per engine, shared by its contexts, of which the modulation has the most.
         assert stored[-1] == runs * 17
     for file in folder.glob("*.cache"):
         file.write_bytes(b"damaged")
