@@ -62,9 +62,7 @@ def test_wrong_model_for_the_file(export_cli: Cli, tmp_path: Path) -> None:
     )
     assert not (tmp_path / "b").exists()
     options[1] = MODELS["mar-digits"].shipped
-    one_line_error(
-        export_cli("build", "--model", "mar-b", "--no-decoder", *options), 1, "looks like mar-digits"
-    )
+    one_line_error(export_cli("build", "--model", "mar-b", "--no-decoder", *options), 1, "looks like mar-digits")
 
 
 def test_without_network(export_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
