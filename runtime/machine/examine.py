@@ -158,7 +158,8 @@ def _find_gpu(has_cuda_bindings: bool, device: int = 0) -> tuple[Gpu | None, str
             return None, getattr(error, "text", _first_line(error))
         devices = _ask_nvidia_smi()
         if not devices:
-            return None, f"nvidia-smi finds no GPU; {_first_line(error)}"
+            seen = "nvidia-smi finds no GPU" if shutil.which("nvidia-smi") else cuda.NO_DRIVER
+            return None, f"{seen}; {_first_line(error)}"
     if not 0 <= device < len(devices):
         return None, cuda.no_such_gpu(len(devices)) if devices else "the driver shows no GPU"
     return devices[device], ""

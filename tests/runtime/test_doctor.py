@@ -25,6 +25,7 @@ from gtr_deploy.runtime.commands.console import CommandGroup
 from gtr_deploy.runtime.commands.doctor import can_run, diagnose, doctor
 from gtr_deploy.runtime.errors import BackendError
 from gtr_deploy.runtime.machine import examine as machine_module
+from gtr_deploy.runtime.machine.cuda import NO_DRIVER
 from gtr_deploy.runtime.machine.examine import Gpu, Machine, examine_machine, library_version
 
 ADA = Gpu("NVIDIA L4", "8.9", 24 * 2**30, "13.0")
@@ -166,6 +167,8 @@ class TestMachine:
         assert machine_module._find_gpu(has_cuda_bindings=True) == (None, "no NVIDIA driver")
         program.write_text("#!/bin/sh\nexit 9\n")
         assert machine_module._ask_nvidia_smi() == []
+        program.unlink()
+        assert machine_module._find_gpu(has_cuda_bindings=False) == (None, f"{NO_DRIVER}; no NVIDIA driver")
 
     def test_first_gpu_of_the_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("gtr_deploy.runtime.machine.cuda.list_devices", lambda: [ADA])
