@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gtr_deploy.export.graphs.backbone import Backbone
-from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
+from gtr_deploy.export.graphs.diffusion_head import DiffusionHead, Modulation
 from gtr_deploy.export.graphs.layers import Linear
 from gtr_deploy.runtime.models.architecture import Architecture
 from gtr_deploy.runtime.models.families import known_models
@@ -34,13 +34,26 @@ HEAD_TOKENS = 6144
 """Masked tokens, drawn with repetition, that the diffusion loss sees in one step; each gets its own timestep."""
 
 
+class Head(nn.Module):
+    """The diffusion head in one piece, as it is trained."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.modulation, self.denoising = Modulation(architecture), DiffusionHead(architecture)
+
+    def forward(self, x: Tensor, z: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """eps and variance [1, N, C] for x [N, C], z [N, D], timestep [N]."""
+        made = self.modulation(z, torch.arange(len(z)), timestep)
+        return self.denoising(x, made.unsqueeze(0))
+
+
 class TrainableMar(nn.Module):
     """Backbone and head under the checkpoint's names."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.backbone = Backbone(architecture)
-        self.head = DiffusionHead(architecture)
+        self.head = Head(architecture)
         for name, parameter in self.backbone.named_parameters():
             if name.endswith(("pos_embed_learned", "fake_latent", "mask_token", "class_emb.weight")):
                 nn.init.normal_(parameter, std=0.02)
@@ -48,15 +61,16 @@ class TrainableMar(nn.Module):
             if isinstance(module, Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.head.time_embed.mlp[0], self.head.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.head.res_blocks]
-        for layer in [*zeroed, self.head.final_layer.adaLN_modulation[1], self.head.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
+        for name, parameter in self.head.named_parameters():
+            if ".time_embed." in name and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith(("adaLN_modulation.1.weight", "final_layer.linear.weight")):
+                nn.init.zeros_(parameter)
 
     def checkpoint(self) -> dict[str, Tensor]:
         """The state dict in the official layout."""
-        head = {f"diffloss.net.{key}": value for key, value in self.head.state_dict().items()}
+        parts = (self.head.modulation, self.head.denoising)
+        head = {f"diffloss.net.{key}": value for part in parts for key, value in part.state_dict().items()}
         return {**self.backbone.state_dict(), **head}
 
 
@@ -80,13 +94,13 @@ class DiffusionLoss:
         }
         self.tables = {name: torch.tensor(table, dtype=torch.float32) for name, table in tables.items()}
 
-    def __call__(self, head: DiffusionHead, target: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, head: Head, target: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
         """Mean loss over target [N, C] given condition vectors z [N, D]."""
         timestep = torch.randint(0, TRAINING_STEPS, (len(target),), generator=generator)
         noise = torch.randn(target.shape, generator=generator)
         table = {name: values[timestep].unsqueeze(1) for name, values in self.tables.items()}
         noisy = table["signal"] * target + table["spread"] * noise
-        eps, variance = (part.squeeze(0).float() for part in head(noisy, z.unsqueeze(0), timestep))
+        eps, variance = (part.squeeze(0).float() for part in head(noisy, z, timestep))
         error = (noise - eps).square().mean(dim=1)
 
         # The bound trains the variance only: the predicted noise is detached, as in the original.

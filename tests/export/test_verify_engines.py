@@ -108,9 +108,8 @@ def test_generate_and_bench_take_the_engines_by_themselves(
     launches = on_fake.counts["launches"]
     bench = run_cli("bench", own_bundle, "--plan", "gtr-fast", "--repeat", "2", "--json")
     assert bench.exit_code == 0, bench.output
-    assert (
-        on_fake.counts["launches"] == launches + 3
-    )  # one to try, two that count; the one that is watched is not captured
+    # One to try and two that count; of the one that is watched, backbone and head of each of the 16 AR steps.
+    assert on_fake.counts["launches"] == launches + 3 + 2 * 16
     shares = json.loads(bench.stdout)["measurements"][0]["shares"]
     assert set(shares) == {"backbone", "head", "decoder", "host"}
     gc.collect()

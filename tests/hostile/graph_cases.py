@@ -162,13 +162,6 @@ def external_link(copy: Copy) -> None:
 
 
 @case
-def external_link_that_is_listed(copy: Copy) -> None:
-    copy.data["decoder"] = "graphs/decoder.onnx.data"
-    (copy.folder / copy.data["decoder"]).symlink_to(copy.secret)
-    copy.put(showing(external("decoder.onnx.data")))
-
-
-@case
 def external_through_a_linked_folder(copy: Copy) -> None:
     (copy.graphs / "sub").symlink_to(copy.secret.parent)
     copy.put(showing(external("sub/secret.bin")))

@@ -317,7 +317,7 @@ def test_what_the_project_writes_passes(digits_bundle: Path, build_digits: Calla
     quantise_bundle(CalibrationRequest(digits_bundle, place / "int8", **few), Reporter(quiet=True))
     for folder in (digits_bundle, place / "int8"):
         for target in ("tensorrt", "cpu"):
-            assert len(Bundle.load(folder).graph_files(target=target)) == 7
+            assert len(Bundle.load(folder).graph_files(target=target)) == 8
 
 
 def test_the_sound_decoder_is_sound(run_cli: CLI, digits_bundle: Path, place: Path) -> None:

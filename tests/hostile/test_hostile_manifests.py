@@ -83,7 +83,7 @@ def mutated(manifest: Any, changes: list[tuple[int, str, Any, int]]) -> Any:
             known = [path for path in known if path[-1] not in ("bytes", "schema") and is_number(manifest, path)]
         if not known:
             continue
-        path, second = known[where % len(known)], known[other % len(known)]
+        path, second, junk = known[where % len(known)], known[other % len(known)], copy.deepcopy(junk)
 
         def change(container: Any, key: Any, how=how, junk=junk, second=second, other=other) -> None:
             there = key in container if isinstance(container, dict) else key < len(container)
