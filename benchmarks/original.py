@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import numpy as np
 from contenders import Seconds, stopwatch
-from records import ORIGINAL
+from records import AUTOCAST, COMPILED, ORIGINAL
 
 from gtr_deploy.runtime import Bundle, GtrError, SamplingPlan, UsageError
 from gtr_deploy.runtime.commands.console import Reporter
@@ -78,7 +78,7 @@ class OriginalContender:
             )  # fmt: skip
         self._model.load_state_dict(dict(weights.checkpoint()))
         self._model.eval()
-        if backend == "original compiled":
+        if backend == COMPILED:
             for owner, name in (
                 (self._model, "forward_mae_encoder"),
                 (self._model, "forward_mae_decoder"),
@@ -107,7 +107,7 @@ class OriginalContender:
         self._torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         labels = self._torch.arange(batch) % self._classes
-        lower = self._torch.autocast("cpu", self._torch.bfloat16) if self.backend == "original bf16" else nullcontext()
+        lower = self._torch.autocast("cpu", self._torch.bfloat16) if self.backend == AUTOCAST else nullcontext()
         with (
             self._on_cpu(),
             lower,

@@ -26,8 +26,8 @@ NAMES = ("model", "plan", "batch", "backend", "precision", "threads")
 """What one measured point is, beside run and machine."""
 
 ORIGINAL = "original"
-PEERS = {"original bf16": "bfloat16 autocast", "original compiled": "torch.compile"}
-"""What else a user might do with the original's code, and how."""
+AUTOCAST, COMPILED = PEERS = ("original bf16", "original compiled")
+"""What else a user might do with the original's code: bfloat16 autocast, torch.compile."""
 REFERENCES = (ORIGINAL, *PEERS, "torch")
 """Timed with the plan ``mar`` alone. Ratios are against the original in float32, or else the torch backend."""
 

@@ -244,7 +244,7 @@ class Pipeline:
 
         def batches() -> Iterator[Generation]:
             rest, start = iter(requests), 0
-            noises: Iterator[NoiseSource] = iter(())
+            noises: Iterator[NoiseSource | None] = iter(())
             if isinstance(requests, Sequence) and isinstance(seeds, Sequence | None):
                 known = range(len(requests)) if seeds is None else seeds
                 noises = self._noises(range(0, len(requests), size), known, resolved, None)
@@ -259,11 +259,11 @@ class Pipeline:
 
     def _noises(
         self, starts: range, seeds: Sequence[int], plan: SamplingPlan, orders: Integers | None
-    ) -> Iterator[NoiseSource]:
-        """Of each batch, by the index of its first image."""
+    ) -> Iterator[NoiseSource | None]:
+        """Of each batch, by the index of its first image, where it is worth being drawn ahead; else None."""
         parts = [slice(start, start + starts.step) for start in starts]
         if len(parts) < 2 or not self.backend.whole_generations:
-            return (SeededNoise(seeds[part], self.architecture.token_channels) for part in parts)
+            return itertools.repeat(None)
         batches = ((seeds[part], None if orders is None else orders[part]) for part in parts)
         return noise_ahead(batches, plan, self.architecture)
 

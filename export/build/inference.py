@@ -18,7 +18,7 @@ from ...runtime.errors import GtrError, UsageError, printable
 from ...runtime.models.families import known_models
 from ...runtime.models.mar import MarArchitecture, UnconditionalArchitecture
 from .decoder_choice import choose_decoder, decoder_of, decoder_questions
-from .layouts import CLASSES, guidance_interval, is_emigm, official, published, unconditional
+from .layouts import CLASSES, guidance_interval, is_emigm, official, published, shape_of, unconditional
 from .told import Told
 
 ORIGINAL_NAMES = {"mar_base": "mar-b", "mar_large": "mar-l", "mar_huge": "mar-h"}
@@ -240,13 +240,13 @@ def _grid(found: Findings, image_size: Any, grid: tuple[int, int] | None) -> Non
 
 
 def _shape(state: Mapping[Any, Any], key: str, axes: int) -> tuple[int, ...]:
-    shape = getattr(state.get(key), "shape", ())  # of a Namespace it may be anything
-    if not isinstance(shape, tuple) or len(shape) != axes or not all(type(length) is int for length in shape):
+    shape = shape_of(state, key)
+    if shape is None or len(shape) != axes or not all(type(length) is int for length in shape):
         hint = "give the model's own checkpoint"
         if "decoder.conv_in.weight" in state:
             hint = "this looks like the VAE, give it with --vae"
         raise GtrError(f"is no MAR checkpoint in the official layout: no {key} of {axes} axes; {hint}")
-    return tuple(shape)
+    return shape
 
 
 def _blocks(state: Mapping[Any, Any], prefix: str) -> int:

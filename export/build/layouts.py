@@ -58,8 +58,8 @@ def official(state: Mapping[Any, Any], unread: Collection[str] = ()) -> Mapping[
 
 def is_emigm(state: Mapping[Any, Any]) -> bool:
     """Whether the null embedding is the mask token, too."""
-    null = _shape(state, _NULL)
-    return null is not None and len(null) == 2 and (_MASK not in state or _shape(state, _MASK) == null)
+    null = shape_of(state, _NULL)
+    return null is not None and len(null) == 2 and (_MASK not in state or shape_of(state, _MASK) == null)
 
 
 def published(sizes: Mapping[str, Any]) -> tuple[Published, int] | None:
@@ -83,7 +83,7 @@ def guidance_interval(times: tuple[float, float]) -> tuple[float, float]:
 
 def unconditional(state: Mapping[Any, Any], args: Mapping[Any, Any], told: bool) -> str:
     """Why a model has no classes; empty where it has some."""
-    shape = _shape(state, CLASSES)
+    shape = shape_of(state, CLASSES)
     if told:
         return "--unconditional"
     if CLASSES not in state:
@@ -96,6 +96,7 @@ def unconditional(state: Mapping[Any, Any], args: Mapping[Any, Any], told: bool)
     return ""
 
 
-def _shape(state: Mapping[Any, Any], key: str) -> tuple[int, ...] | None:
+def shape_of(state: Mapping[Any, Any], key: str) -> tuple[Any, ...] | None:
+    """Of a tensor; None of what is none."""
     shape = getattr(state.get(key), "shape", None)  # of a Namespace it may be anything
     return tuple(shape) if isinstance(shape, tuple) else None

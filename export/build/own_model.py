@@ -36,7 +36,7 @@ _LANDMARKS = ("mask_token", "encoder_pos_embed_learned", "z_proj.weight", "diffl
 
 
 def resolved(request: BuildRequest, reporter: Reporter) -> BuildRequest:
-    """The request with the model's sizes, class names and defaults found; itself where the zoo has them.
+    """The request with the model's sizes, class names and defaults found.
 
     Raises:
         UsageError: see :meth:`BuildRequest.check`; something that only an option can say, or that contradicts one.
@@ -50,8 +50,6 @@ def resolved(request: BuildRequest, reporter: Reporter) -> BuildRequest:
         if request.own.decoder == "none":
             entry = without_decoder(entry)
         architecture = entry.architecture
-        if request.class_names is None and not request.plan_defaults:
-            return request if entry is request.entry() else replace(request, found=entry)
         classes = architecture.classes if isinstance(architecture, MarArchitecture) else 0
     else:
         path = request.checkpoint

@@ -10,7 +10,6 @@ from types import ModuleType
 from ...runtime.backends.tensorrt.library import load_library
 from ...runtime.bundle.engine_sets import FLAVOURS
 from ...runtime.errors import BackendError, GtrError, UsageError
-from ...runtime.machine.cuda import NO_DRIVER
 from ...runtime.machine.examine import Machine
 
 AHEAD_OF_TIME = ("8.6", "8.9", "12.0")
@@ -95,8 +94,8 @@ def supported_capabilities(trt: ModuleType) -> tuple[str, ...]:
 def choose_engine(machine: Machine) -> tuple[str, str]:
     """The engine library that ``--engine auto`` means on this machine, and one line why."""
     if machine.gpu is None:
-        missing = "no GPU found" if NO_DRIVER in machine.gpu_problem else f"no GPU ({machine.gpu_problem})"
-        return "onnxruntime", missing
+        found = machine.lacks_gpu
+        return "onnxruntime", found if found != machine.gpu_problem else f"no GPU ({found})"
     gpu = f"{machine.gpu.name}, compute capability {machine.gpu.compute_capability}"
     if machine.versions.get("tensorrt") is not None:
         return "tensorrt", f"TensorRT {machine.versions['tensorrt']} and {gpu}"

@@ -19,6 +19,9 @@ from ...runtime.sampling.diffusion import reverse_process
 from ...runtime.sampling.plan import SamplingPlan, preset, presets_of, resolve
 from ...runtime.sampling.shapes import Sizes, call_shapes, covering
 
+_SPREAD = {"modulation": np.float32(0.4)}
+"""Standard deviations that are not about 1: that of a trained head's modulation."""
+
 
 def graph_inputs(
     spec: GraphSpec, architecture: Architecture, conditioner: Conditioner, sizes: Mapping[str, int], seed: int = 0
@@ -48,13 +51,10 @@ def graph_inputs(
         "coefficients": process.coefficients[steps],
         "guidance": rng.uniform(1.0, 3.0, sizes.get("N", 1)).astype(np.float32),
     }
-    for tensor in spec.inputs:
-        if tensor.name == "modulation":  # trained heads have about so much
-            special["modulation"] = 0.4 * rng.standard_normal(tensor.shape(sizes)).astype(np.float32)
     return {
         t.name: np.ascontiguousarray(special[t.name])
         if t.name in special
-        else rng.standard_normal(t.shape(sizes)).astype(np.float32)
+        else _SPREAD.get(t.name, np.float32(1)) * rng.standard_normal(t.shape(sizes)).astype(np.float32)
         for t in spec.inputs
     }
 
@@ -69,8 +69,7 @@ def covered_specs(specs: Mapping[str, GraphSpec], bundle: Bundle, engines: Engin
     for name in covered_presets(bundle, engines):
         for batch in (1, engines.max_batch):
             for kind, shapes in call_shapes(_plan(bundle, name), batch).items():
-                if kind in found:  # there may be no decoder
-                    found[kind] += shapes
+                found[kind] += shapes
     result = {}
     for kind, spec in specs.items():
         shapes = sorted(
@@ -105,7 +104,6 @@ def _covered(plan: SamplingPlan, engines: EngineSet) -> bool:
         covering(engines.graphs[kind].profiles, sizes) is not None
         for batch in (1, engines.max_batch)
         for kind, shapes in call_shapes(plan, batch).items()
-        if kind in engines.graphs
         for sizes in shapes
     )
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from ..bundle.engine_sets import FLAVOURS
 from ..errors import BackendError, UsageError
 from ..machine.cpu import thread_limit
-from ..machine.cuda import NO_DRIVER
 from ..machine.examine import examine_machine, library_version
 from .protocol import CUDA_GRAPH_MODES, Backend
 from .registry import ONNXRUNTIME_CPU, ROWS, backend_names, backend_rows, engine_refusals, lacks_cuda_provider
@@ -43,8 +42,8 @@ def choose_backend(bundle: Bundle, machine: Machine) -> tuple[str, str]:
         return row.name, f"{note or 'the bundle has no engines; '}its CUDA provider runs on {machine.gpu.name}"
     # Where ONNX Runtime could use the GPU and does not, something else was wrong with its row.
     missing = "this onnxruntime has no CUDA provider"
-    if machine.gpu is None:  # doctor has the advice: most people who read this line have no GPU and want none
-        missing = "no GPU found" if NO_DRIVER in machine.gpu_problem else machine.gpu_problem
+    if machine.gpu is None:
+        missing = machine.lacks_gpu
     if machine.gpu is not None and not lacks_cuda_provider(machine):
         missing = next(row.refusal(bundle, machine) for row in ROWS if row.provider == "cuda")
     return row.name, f"{note}on the CPU: {missing}" + (f"; {because}" if because else "")

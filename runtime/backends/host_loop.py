@@ -6,7 +6,8 @@ A backend needs ``run_graph`` alone; what its library can do better, such as kee
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,25 @@ from ..sampling.job import GenerationJob, Observer
 from ..sampling.loop import BackboneOutput, check_shape, generate_on_host
 from ..sampling.plan import SamplingPlan
 from .protocol import CallHook, hooked
+
+
+def modulations(
+    z: Floats, timesteps: Integers, call: Callable[[Mapping[str, NDArray[Any]]], Sequence[NDArray[Any]]]
+) -> Iterator[Floats]:
+    """Modulation [G, n, E] of each reverse step, good until the next one; the graph makes that of some at once.
+
+    Args:
+        z: float32 [G, n, D].
+        timesteps: int64 [S, n].
+        call: the modulation graph.
+    """
+    branches, n, width = z.shape
+    own = np.ascontiguousarray(z).reshape(branches * n, width)
+    for start, stop in modulation_parts(len(timesteps), branches * n):
+        row, timestep = modulation_rows(timesteps[start:stop], branches)
+        made = call({"z": own, "row": row, "timestep": timestep})[0]
+        check_shape("modulation", made.shape, (len(row), *made.shape[1:2]))
+        yield from made.reshape(stop - start, branches, n, -1)
 
 
 class HostLoopBackend(ABC):
@@ -67,20 +87,14 @@ class HostLoopBackend(ABC):
         call = self.run if self.hook else self.run_graph  # a thousand calls an image
         for segment in chain.segments:
             n = segment.rows
-            own = np.ascontiguousarray(sorted_z[:, :n]).reshape(branches * n, width)
             inputs = {"x": x[:n], "guidance": chain.guidance[:n]}
-            for start, stop in modulation_parts(len(segment.timesteps), branches * n):
-                row, timestep = modulation_rows(segment.timesteps[start:stop], branches)
-                made = call("modulation", {"z": own, "row": row, "timestep": timestep})[0]
-                check_shape("modulation", made.shape, (len(row), *made.shape[1:2]))
-                modulation = made.reshape(stop - start, branches, n, -1)
-                for index in range(start, stop):
-                    inputs["modulation"] = modulation[index - start]
-                    inputs["coefficients"] = segment.coefficients[index]
-                    inputs["noise"] = segment.noise[index]
-                    x_next = call("diffusion_step", inputs)[0]
-                    check_shape("diffusion_step", x_next.shape, inputs["x"].shape)
-                    inputs["x"] = x_next
+            made = modulations(sorted_z[:, :n], segment.timesteps, partial(call, "modulation"))
+            for index, inputs["modulation"] in enumerate(made):
+                inputs["coefficients"] = segment.coefficients[index]
+                inputs["noise"] = segment.noise[index]
+                x_next = call("diffusion_step", inputs)[0]
+                check_shape("diffusion_step", x_next.shape, inputs["x"].shape)
+                inputs["x"] = x_next
             x[:n] = inputs["x"]
         return x
 

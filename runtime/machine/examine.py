@@ -74,6 +74,12 @@ class Machine:
     openvino_capabilities: tuple[str, ...] = ()
     cpu_features: tuple[str, ...] = ()
 
+    @property
+    def lacks_gpu(self) -> str:
+        """What to say of a machine without a GPU: most people who read it have none and want none, so that only doctor
+        has the advice for one."""
+        return "no GPU found" if cuda.NO_DRIVER in self.gpu_problem else self.gpu_problem
+
     def version_of(self, library: str) -> str | None:
         """Of one of :attr:`versions`, or of any other installed distribution; None if it cannot be used."""
         return self.versions.get(library) if library in _LIBRARIES else _distribution_version(library)

@@ -134,6 +134,13 @@ def diffusion_chain(
     return DiffusionChain(rows, np.concatenate([draw[:, 0] for draw in draws]), guidance, tuple(segments))
 
 
+def device_draw(step: ARStep, predict: Integers) -> tuple[Integers, Integers, int]:
+    """What a device needs of the noise in one AR step, as ``NoiseSource.draw`` takes it: before it has chosen, every
+    token may have the longer chain. ``predict`` is int64 [B, P]."""
+    shape = chain_shape(step)
+    return np.repeat(np.arange(len(predict)), step.predicted), predict.ravel(), shape.alone + shape.common
+
+
 def modulation_parts(steps: int, rows: int) -> list[tuple[int, int]]:
     """(start, stop) of consecutive reverse steps that have their modulation made together; as equal as can be, so that
     there are two sizes at most. ``rows`` is G N, the condition vectors of one reverse step."""

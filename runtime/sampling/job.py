@@ -59,6 +59,12 @@ class GenerationJob:
     noise: NoiseSource
 
 
+def orders_of(plan: SamplingPlan, architecture: Architecture, seeds: Sequence[int]) -> Integers:
+    """The seeds' own token orders, int64 [B, L]."""
+    settings = plan.settings
+    return generation_orders(settings.order, architecture.grid, len(settings.stage_steps), settings.parity, seeds)
+
+
 def generation_job(
     plan: SamplingPlan,
     architecture: Architecture,
@@ -72,10 +78,9 @@ def generation_job(
     Raises:
         UsageError: orders are not permutations.
     """
-    settings = plan.settings
     batch, total = len(seeds), architecture.tokens
     if orders is None:
-        orders = generation_orders(settings.order, architecture.grid, len(settings.stage_steps), settings.parity, seeds)
+        orders = orders_of(plan, architecture, seeds)
     if orders.shape != (batch, total) or not (np.sort(orders, axis=1) == np.arange(total)).all():
         raise UsageError(f"orders must be [{batch}, {total}], each row a permutation of 0..{total - 1}")
     return GenerationJob(plan, architecture, conditioning, orders, seeds, noise)

@@ -9,12 +9,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
-
 from ..models.architecture import Architecture
-from .chains import Floats, Integers, chain_shape
+from .chains import Floats, Integers, device_draw
+from .job import orders_of
 from .noise import NoiseSource, SeededNoise
-from .orders import generation_orders
 from .plan import SamplingPlan
 
 _Key = tuple[bytes, bytes, int]
@@ -56,14 +54,11 @@ def _all_draws(
     architecture: Architecture,
 ) -> dict[_Key, Floats]:
     if orders is None:
-        settings = plan.settings
-        stages = len(settings.stage_steps)
-        orders = generation_orders(settings.order, architecture.grid, stages, settings.parity, seeds)
+        orders = orders_of(plan, architecture, seeds)
     draws = {}
     for step in plan.steps:
         _, predict, _ = step.parts(orders)
-        images, shape = np.repeat(np.arange(len(seeds)), step.predicted), chain_shape(step)
-        asked = images, predict.ravel(), shape.alone + shape.common
+        asked = device_draw(step, predict)
         draws[_key(*asked)] = source.draw(*asked)
     return draws
 

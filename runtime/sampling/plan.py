@@ -166,10 +166,11 @@ class ARStep:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """Settings resolved for one model: the list of AR steps."""
+    """Settings resolved for one model: the list of AR steps, and whether the model makes pictures of the latents."""
 
     settings: FittedSettings
     steps: tuple[ARStep, ...]
+    pictures: bool = True
 
     @property
     def flops(self) -> int:
@@ -271,7 +272,7 @@ def resolve(
                 )
             )
             known = after
-    return SamplingPlan(settings, tuple(steps))
+    return SamplingPlan(settings, tuple(steps), architecture.decoder.makes_pictures)
 
 
 def _generation_diffusion(settings: FittedSettings, step: int, total: int) -> int:

@@ -56,7 +56,8 @@ def call_shapes(plan: SamplingPlan, batch: int) -> dict[str, list[Sizes]]:
         for kind, sizes, _ in step_shapes(step, plan.settings, batch):
             if sizes not in found.setdefault(kind, []):
                 found[kind].append(sizes)
-    found["decoder"] = [{"B": batch}]
+    if plan.pictures:
+        found["decoder"] = [{"B": batch}]
     return found
 
 
@@ -85,7 +86,8 @@ def profiles(plans: Iterable[SamplingPlan], max_batch: int) -> dict[str, list[Pr
             profile = _profile(*members)
             if profile not in result.setdefault(kind, []):
                 result[kind].append(profile)
-        result.setdefault("decoder", []).append({"B": (smallest, largest, largest)})
+        if any(plan.pictures for plan in plans):
+            result.setdefault("decoder", []).append({"B": (smallest, largest, largest)})
     return result
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from commands import one_line_error
+from kinds import KINDS as GRAPH_KINDS
 from msgspec import to_builtins
 
 from gtr_deploy.export.build.build import build
@@ -35,16 +36,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason="needs pip install 'gtr-deploy[
 Cli = Callable[..., Result]
 QUIET = Reporter(quiet=True)
 KEY = f"tensorrt-rtx-{trt.__version__}-sm89"
-KINDS = [
-    "backbone",
-    "modulation",
-    "diffusion_step",
-    "detail_score",
-    "decoder",
-    "select_rows",
-    "gather_rows",
-    "merge_rows",
-]
+KINDS = list(GRAPH_KINDS)
 RTX = ("--engine", "tensorrt-rtx", "--compute-capability", "8.9")
 VERSIONS = {"tensorrt": None, "tensorrt-rtx": trt.__version__, "onnxruntime": "x"}
 NO_GPU = Machine("linux-x86_64", None, "no driver", VERSIONS, ())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kinds import KINDS
 
 from gtr_deploy.export.build.build import build
 from gtr_deploy.export.build.request import BuildRequest
@@ -32,16 +33,6 @@ pytest.importorskip("tensorrt_rtx", reason="the real builder is TensorRT-RTX; pi
 
 QUIET = Reporter(quiet=True)
 NO_GPU = Machine("linux-x86_64", None, "no driver", {"tensorrt-rtx": "x"}, ())
-KINDS = (
-    "backbone",
-    "modulation",
-    "diffusion_step",
-    "detail_score",
-    "decoder",
-    "select_rows",
-    "gather_rows",
-    "merge_rows",
-)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ class BoundGraphs:
             binding = session.io_binding()
             self._bind(binding, "guidance", (n,), guidance.at(base))
             for start, stop in modulation_parts(len(segment.timesteps), branches * n):
-                made = self._modulation(own.data_ptr(), z, segment.timesteps[start:stop], None)
+                made = self._modulation(own, segment.timesteps[start:stop])
                 shape = (branches, n, made.shape()[-1])
                 for index in range(start, stop):
                     self._bind(binding, "x", (n, channels), buffers[current].data_ptr())
@@ -110,12 +110,12 @@ class BoundGraphs:
                     session.run_with_iobinding(binding)
         return np.array(buffers[current].numpy())
 
-    def _modulation(self, z: int, source: BackboneOutput, timesteps: NDArray[np.int64], target: Any) -> Any:
-        """Modulation [S G n, ...] of timesteps [S, n] and the vectors [G n, D] at ``z``, into ``target`` if given."""
-        branches, width = source.shape[0], source.shape[3]
+    def _modulation(self, z: Any, timesteps: NDArray[np.int64], target: Any = None) -> Any:
+        """Modulation [S G n, ...] of timesteps [S, n] and the vectors z [G, n, D], into ``target`` if given."""
+        branches, n, width = z.shape()
         row, timestep = modulation_rows(timesteps, branches)
         binding = self._sessions["modulation"].io_binding()
-        self._bind(binding, "z", (branches * timesteps.shape[1], width), z)
+        self._bind(binding, "z", (branches * n, width), z.data_ptr())
         binding.bind_cpu_input("row", row)
         binding.bind_cpu_input("timestep", timestep)
         if target is None:
@@ -139,7 +139,7 @@ class BoundGraphs:
             step.guidance.update_inplace(chain.guidance[:n])
             own = self._rows_of_z(z, chain, rows.data_ptr(), n, unsorted.data_ptr())
             for index in range(len(segment.timesteps)):
-                self._modulation(own.data_ptr(), z, segment.timesteps[index : index + 1], step.modulation)
+                self._modulation(own, segment.timesteps[index : index + 1], step.modulation)
                 step.coefficients.update_inplace(segment.coefficients[index])
                 step.noise.update_inplace(segment.noise[index])
                 session.run_with_iobinding(step.bindings[index % 2], step.options[index % 2])

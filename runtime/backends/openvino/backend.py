@@ -23,9 +23,9 @@ from ...bundle.links import plain_files
 from ...errors import BackendError
 from ...machine.examine import INSTALL
 from ...machine.openvino import cpu_capabilities, import_openvino
-from ...sampling.chains import DiffusionChain, Floats, modulation_parts, modulation_rows
+from ...sampling.chains import DiffusionChain, Floats
 from ...sampling.loop import BackboneOutput, check_shape
-from ..host_loop import HostLoopBackend
+from ..host_loop import HostLoopBackend, modulations
 from ..protocol import hooked
 from .library import read_onnx, reason
 from .split import Part, has_bfloat16, split, whole
@@ -115,6 +115,12 @@ class OpenVinoBackend(HostLoopBackend):
         sorted_z = z.value.reshape(branches, batch * predicted, width)[:, chain.rows]
         x = chain.x.copy()
         with self._program("modulation") as conditions, self._program("diffusion_step") as step:
+
+            def modulate(inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+                self.calling = "modulation", time.monotonic()
+                given = {name: conditions.bind(name, value) for name, value in inputs.items()}
+                return hooked(self.hook, "modulation", given, conditions.infer)
+
             for segment in chain.segments:
                 n = segment.rows
                 # Bound once: each reverse step writes its own values into the same memory.
@@ -124,23 +130,14 @@ class OpenVinoBackend(HostLoopBackend):
                     "coefficients": step.bind("coefficients", segment.coefficients[0].copy()),
                     "noise": step.bind("noise", segment.noise[0].copy()),
                 }
-                own = conditions.bind("z", np.ascontiguousarray(sorted_z[:, :n]).reshape(branches * n, width))
-                for start, stop in modulation_parts(len(segment.timesteps), branches * n):
-                    row, timestep = modulation_rows(segment.timesteps[start:stop], branches)
-                    row, timestep = conditions.bind("row", row), conditions.bind("timestep", timestep)
-                    given = {"z": own, "row": row, "timestep": timestep}
-                    self.calling = "modulation", time.monotonic()
-                    made = hooked(self.hook, "modulation", given, conditions.infer)[0]
-                    check_shape("modulation", made.shape, (len(row), *made.shape[1:2]))
-                    modulation = made.reshape(stop - start, branches, n, -1)
-                    for index in range(start, stop):
-                        bound["modulation"] = step.bind("modulation", modulation[index - start])
-                        bound["coefficients"][...] = segment.coefficients[index]
-                        bound["noise"][...] = segment.noise[index]
-                        self.calling = "diffusion_step", time.monotonic()
-                        x_next = hooked(self.hook, "diffusion_step", bound, step.infer)[0]
-                        check_shape("diffusion_step", x_next.shape, bound["x"].shape)
-                        bound["x"][...] = x_next
+                for index, modulation in enumerate(modulations(sorted_z[:, :n], segment.timesteps, modulate)):
+                    bound["modulation"] = step.bind("modulation", modulation)
+                    bound["coefficients"][...] = segment.coefficients[index]
+                    bound["noise"][...] = segment.noise[index]
+                    self.calling = "diffusion_step", time.monotonic()
+                    x_next = hooked(self.hook, "diffusion_step", bound, step.infer)[0]
+                    check_shape("diffusion_step", x_next.shape, bound["x"].shape)
+                    bound["x"][...] = x_next
                 x[:n] = bound["x"]
         return x
 

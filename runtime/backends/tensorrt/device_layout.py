@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from ...models.architecture import Architecture
 from ...models.families import family_of
 from ...models.graphs import COEFFICIENTS
-from ...sampling.chains import ChainShape, Floats, Integers, chain_shape, chain_tables, modulation_parts
+from ...sampling.chains import (
+    ChainShape,
+    Floats,
+    Integers,
+    chain_shape,
+    chain_tables,
+    device_draw,
+    modulation_parts,
+)
 from ...sampling.job import GenerationJob
 from ...sampling.plan import ARStep, SamplingPlan
 from ...sampling.selection import SCORED_RULES, select
@@ -66,18 +74,15 @@ class DeviceLayout:
             views["guidance"][...] = step.guidance
             chains = chain_tables(split, settings.max_timestep, settings.temperature)
             part, process = ("_alone", chains.alone) if split.longer else ("", chains.short)
-            rows = views[f"coefficients{part}"].shape[1]
-            for view, (start, stop) in zip(
-                views[f"timestep{part}"], modulation_parts(process.steps, step.branches * rows), strict=True
-            ):
-                timesteps = np.repeat(process.timesteps[start:stop], step.branches * rows)  # the same for every row
-                view[: len(timesteps)] = timesteps
+            vectors = step.branches * self.batch * (split.longer or step.predicted)
+            parts = modulation_parts(process.steps, vectors)
+            for view, (start, stop) in zip(views[f"timestep{part}"], parts, strict=True):
+                view[: vectors * (stop - start)] = np.repeat(process.timesteps[start:stop], vectors)  # for every row
+            views[f"row{part}"][...] = np.arange(len(views[f"row{part}"])) % vectors
             views[f"coefficients{part}"][...] = process.coefficients[:, None]
-            for name in views.keys() & {"row", "row_alone"}:
-                vectors = step.branches * self.batch * (split.longer if name == "row_alone" else step.predicted)
-                views[name][...] = np.arange(len(views[name])) % vectors
             if not split.longer:
                 continue
+            views["row"][...] = np.arange(len(views["row"])) % (step.branches * self.batch * step.predicted)
             for side, process in ("long", chains.long), ("short", chains.short):
                 views[f"timestep_{side}"][...] = process.timesteps
                 views[f"coefficients_{side}"][...] = process.coefficients
@@ -98,8 +103,7 @@ class DeviceLayout:
             views = {name: block.view(area) for name, block in layout.inputs.items()}
             visible, predict, context = step.parts(job.orders)
             views["visible"][...], views["predict"][...], views["context"][...] = visible, predict, context
-            images = np.repeat(np.arange(self.batch), step.predicted)
-            draws = job.noise.draw(images, predict.ravel(), split.alone + split.common)
+            draws = job.noise.draw(*device_draw(step, predict))
             views["x"][...] = draws[:, 0]
             by_step = draws[:, 1:].transpose(1, 0, 2)
             if split.longer:

@@ -66,10 +66,7 @@ class DeviceProgram:
         self._has_run = False
         self._addresses: list[int] = []
         self._buffers: list[PinnedBuffer] = []
-        wanted = call_shapes(plan, batch)
-        if not architecture.decoder.makes_pictures:
-            del wanted["decoder"]
-        shapes = [(kind, sizes) for kind, each in wanted.items() for sizes in each]
+        shapes = [(kind, sizes) for kind, each in call_shapes(plan, batch).items() for sizes in each]
         self._calls: dict[tuple[str, frozenset[tuple[str, int]]], EngineCall] = {}
         for (kind, sizes), call in zip(shapes, contexts.take(shapes), strict=True):
             self._calls[kind, frozenset(sizes.items())] = call
