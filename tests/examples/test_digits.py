@@ -14,6 +14,7 @@ from jobs import ARCHITECTURES
 
 from gtr_deploy.export.build.checkpoints import load_mar
 from gtr_deploy.export.graphs.decoders import PatchDecoder
+from gtr_deploy.export.graphs.diffusion_head import DiffusionHead
 from gtr_deploy.export.zoo import MODELS
 from gtr_deploy.runtime.models.architecture import Decoder
 from gtr_deploy.runtime.models.mar import MarArchitecture
@@ -107,6 +108,7 @@ def test_the_diffusion_loss_falls_when_the_head_learns() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+    assert isinstance(model.head.denoising, DiffusionHead)
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
 

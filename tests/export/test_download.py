@@ -313,7 +313,7 @@ find_or_download(WeightSource({server.url!r}, "no/such/file", 1), "mar-x/checkpo
         while not (part_of(target).exists() and part_of(target).stat().st_size):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=10)
         assert "0.2 of 1 MiB are here; the same command goes on from there" in said
         commands = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
         assert not [command for command in commands if str(part_of(target)).encode() in command]
